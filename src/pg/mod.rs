@@ -1,0 +1,3 @@
+//! PostgreSQL: names, connections, session settings, catalog.
+
+pub mod ident;
