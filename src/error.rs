@@ -110,6 +110,15 @@ impl Error {
         self
     }
 
+    /// The same, as the operator's mistake: a server's complaint about what the operator wrote.
+    #[must_use]
+    pub fn into_input(mut self) -> Self {
+        if self.kind == Kind::Database {
+            self.kind = Kind::Input;
+        }
+        self
+    }
+
     /// What kind of failure this is.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -181,7 +190,8 @@ pub fn retry_class(sqlstate: &str) -> Retry {
         // deadlock_detected, serialization_failure, lock_not_available, query_canceled (statement_timeout)
         "40P01" | "40001" | "55P03" | "57014" => Retry::Smaller,
         // 25P03/25P04: idle-in-transaction and transaction timeout end the session
-        "25P03" | "25P04" | "57P01" | "57P02" | "57P03" | "57P05" | "53300" => Retry::Reconnect,
+        // 25006: the server has become a standby
+        "25006" | "25P03" | "25P04" | "57P01" | "57P02" | "57P03" | "57P05" | "53300" => Retry::Reconnect,
         s if s.starts_with("08") => Retry::Reconnect,
         _ => Retry::Never,
     }

@@ -3,7 +3,28 @@
 //! The modules in reading order: what the operator wrote ([`job`], [`settings`]), what will be done ([`plan`]), the
 //! phases that do it, the state they leave in the database, and what they tell. ARCHITECTURE.md is the map.
 
+pub mod backfill;
+pub mod cli;
+pub mod context;
+pub mod cutover;
+pub mod daemon;
+pub mod ddl;
+pub mod demo;
 pub mod error;
+pub mod expand;
+mod fault;
+pub mod http;
+pub mod job;
+pub mod ledger;
+pub mod metrics;
 pub mod pg;
+pub mod phase;
+pub mod plan;
+pub mod preflight;
+pub mod progress;
+pub mod rollback;
+pub mod settings;
+pub mod telemetry;
+pub mod verify;
 
 pub use error::{Error, Kind, Result};

@@ -1,1 +1,7 @@
-fn main() {}
+//! The `backfilld` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    backfilld::cli::main()
+}

@@ -1,3 +1,7 @@
 //! PostgreSQL: names, connections, session settings, catalog.
 
+pub mod connect;
+mod connect_error;
 pub mod ident;
+pub mod pool;
+mod tls;

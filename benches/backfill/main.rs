@@ -1,0 +1,100 @@
+//! `make bench`: the daemon against a bare loop and one UPDATE, and what it costs, on a throwaway server with the demo's
+//! table. docs/benchmarks.md says how to read the numbers.
+
+mod fill;
+mod flip;
+mod interrupt;
+mod report;
+mod resources;
+mod verify;
+mod world;
+
+use std::process::ExitCode;
+
+use backfilld::Result;
+use clap::Parser;
+
+use report::Report;
+use world::World;
+
+/// Benchmarks of backfilld on a throwaway server.
+#[derive(Parser)]
+#[command(bin_name = "make bench BENCH_FLAGS=")]
+struct Args {
+    /// Rows of the table, 20000 or more
+    #[arg(long, default_value_t = 200_000, value_parser = clap::value_parser!(u64).range(20_000..))]
+    rows: u64,
+    /// Repetitions; medians are shown
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Repetitions of the flip
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    flips: u32,
+    /// The server's max_wal_size: small enough, checkpoints come while rows are filled, as they do on large tables
+    #[arg(long, default_value = "8GB")]
+    max_wal_size: String,
+    /// Only these sections
+    #[arg(long, value_delimiter = ',', value_enum)]
+    only: Vec<Section>,
+    /// Cargo says so
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Section {
+    /// Rows per second, WAL and growth
+    Fill,
+    /// Memory and CPU of the daemon
+    Resources,
+    /// Time to stop, and to be back at work after kill -9
+    Interrupt,
+    /// How long the flip holds ACCESS EXCLUSIVE
+    Flip,
+    /// Speed of the verification
+    Verify,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(run(&args)),
+        Err(e) => Err(backfilld::Error::internal("cannot start the runtime").with_source(e)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{}", e.render());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: &Args) -> Result<()> {
+    let wanted = |section| args.only.is_empty() || args.only.contains(&section);
+    let world = World::start(args.rows, &args.max_wal_size).await?;
+    let mut report = Report::new(&world, &args.max_wal_size)?;
+    if wanted(Section::Fill) {
+        fill::run(&world, args.runs, &mut report).await?;
+    }
+    if wanted(Section::Resources) {
+        resources::run(&world, &mut report).await?;
+    }
+    if wanted(Section::Interrupt) {
+        interrupt::run(&world, args.runs, &mut report).await?;
+    }
+    if wanted(Section::Flip) || wanted(Section::Verify) {
+        let ready = world.ready_to_flip().await?;
+        if wanted(Section::Verify) {
+            verify::run(&world, &ready, args.runs, &mut report).await?;
+        }
+        if wanted(Section::Flip) {
+            flip::run(&world, &ready, args.flips, &mut report).await?;
+        }
+    }
+    let path = report.write()?;
+    println!("{report}");
+    eprintln!("bench: as JSON in {}", path.display());
+    Ok(())
+}

@@ -1,0 +1,371 @@
+//! Backfill: walks the table in batches until a sweep has reached its end.
+//!
+//! The loop decides when; [`batch::run`] does one bounded unit. Done is a statement about data, which the verifier makes:
+//! a sweep that reached its end only means that it is the verifier's turn (I5).
+
+pub mod batch;
+pub mod heap;
+pub mod heap_cursor;
+pub mod sizer;
+pub mod walk;
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rand::RngExt;
+use tracing::{debug, info, warn};
+
+use self::batch::{Batch, Failed};
+use self::sizer::Sizer;
+use self::walk::Walk;
+use crate::context::{Context, Outcome};
+use crate::error::{Error, Kind, Result, Retry};
+use crate::job::spec::TriggerMode;
+use crate::ledger::checkpoint::{self, Checkpoint};
+use crate::ledger::{event, lease};
+use crate::metrics;
+use crate::pg::connect::Session;
+use crate::plan::batch_sql;
+use crate::progress::Rate;
+
+/// Rows in quarantine beyond which the fault is not a row's but the job's.
+const MAX_QUARANTINE: i64 = 1000;
+/// Statement timeouts in a row at the smallest batch before a human is asked: with doubling timeouts that is minutes.
+const MAX_TIMEOUTS_AT_FLOOR: u32 = 8;
+/// How often a long run says how far it is.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+/// What a batch session is set to besides [`SESSION_SETTINGS`](crate::pg::connect::SESSION_SETTINGS) and its timeouts. A
+/// lost commit loses rows and checkpoint together, so it need not wait for the disk. Plans are made anew for each batch,
+/// and go by the key's index: with statistics from before the backfill, a scan of the whole table could look cheaper.
+pub const BATCH_SETTINGS: &str = "set synchronous_commit = off; set plan_cache_mode = force_custom_plan; \
+     set enable_seqscan = off; set max_parallel_workers_per_gather = 0; \
+     set idle_in_transaction_session_timeout = '10s'";
+
+/// Runs the phase.
+///
+/// # Errors
+/// Lease lost, interrupted, connection lost; failed if rows cannot be updated and it is not for a retry to mend.
+pub async fn run(ctx: &Context) -> Result<Outcome> {
+    let mut session = connect(ctx).await?;
+    let mut checkpoint = start(ctx, &mut session).await?;
+    if checkpoint.finished {
+        return Ok(Outcome::Complete);
+    }
+    let mut walk = Walk::open(ctx, &mut session, &mut checkpoint).await?;
+    let limits = walk.limits(ctx, &checkpoint);
+    Loop::new(ctx, limits).run(ctx, &mut session, &mut walk, &mut checkpoint).await
+}
+
+/// A session for batches: bounded waits, no application triggers if the job says so, fresh plans.
+async fn connect(ctx: &Context) -> Result<Session> {
+    let session = ctx.connect("batch").await?;
+    let deadlock_ms: i64 = session
+        .client
+        .query_one("select setting::int8 from pg_settings where name = 'deadlock_timeout'", &[])
+        .await?
+        .get(0);
+    // Well below deadlock_timeout, so that in a deadlock it is us who give up before the server chooses a victim, who
+    // would often be the application (hazard 3).
+    let lock_ms = (deadlock_ms / 4).clamp(20, 250);
+    session.client.batch_execute(&format!("set lock_timeout = {lock_ms}; {BATCH_SETTINGS}")).await?;
+    set_statement_timeout(ctx, &session, 0).await?;
+    if ctx.spec.side_effects.triggers == Some(TriggerMode::Skip) {
+        session.client.batch_execute("set session_replication_role = replica").await.map_err(|e| {
+            Error::from(e).context("the application's triggers cannot be skipped").with_hint(
+                "grant set on parameter session_replication_role to this login (PostgreSQL 15 and later), or set \
+                 side_effects.triggers = \"fire\" in the job",
+            )
+        })?;
+    }
+    Ok(session)
+}
+
+/// About twice the target, doubled for each timeout at the smallest batch, never above 30 s: `lock_timeout` is per lock,
+/// and only this bounds the sum (hazard 69).
+async fn set_statement_timeout(ctx: &Context, session: &Session, doublings: u32) -> Result<()> {
+    let base = (ctx.spec.batching.target_duration * 2).max(Duration::from_millis(200));
+    let timeout = (base * 2u32.pow(doublings.min(8))).min(Duration::from_secs(30));
+    session.client.batch_execute(&format!("set statement_timeout = {}", timeout.as_millis())).await?;
+    Ok(())
+}
+
+/// The checkpoint to go on from, or a new one. The upper bound is read after Expand has committed: rows inserted since
+/// are the triggers' affair, so the sweep cannot be outrun by inserts (hazard 19).
+async fn start(ctx: &Context, session: &mut Session) -> Result<Checkpoint> {
+    let found = checkpoint::find(&session.client, ctx.job(), 0).await?;
+    if let Some(found) = &found
+        && (found.cursor.is_some() || found.upper.is_some() || found.finished)
+    {
+        info!(
+            job = ctx.job(),
+            rows_scanned = found.rows_scanned,
+            rows_updated = found.rows_updated,
+            "resuming from the checkpoint"
+        );
+        return Ok(found.clone());
+    }
+    let upper = session.client.query_opt(&batch_sql::last_key(&ctx.facts.shape), &[]).await?;
+    let upper = upper.map(|row| (0..row.len()).map(|i| row.get(i)).collect());
+    let previous = found.unwrap_or(Checkpoint {
+        strategy: "keyset".into(),
+        cursor: None,
+        upper: None,
+        sweep: 1,
+        finished: false,
+        batch_rows: ctx.spec.batching.initial_rows as i32,
+        rows_scanned: 0,
+        rows_updated: 0,
+        batches: 0,
+        rows_estimate: estimate_rows(ctx, session).await?,
+    });
+    let fresh = Checkpoint { upper, ..previous };
+    let tx = session.client.transaction().await?;
+    lease::fence(&tx, &ctx.lease).await?;
+    checkpoint::put(&tx, ctx.job(), 0, &fresh).await?;
+    tx.commit().await?;
+    Ok(fresh)
+}
+
+/// Rows of the table: the catalog's estimate, or, on a table that was never analyzed, the density of its first pages.
+async fn estimate_rows(ctx: &Context, session: &Session) -> Result<i64> {
+    if ctx.facts.target.rows_estimate > 0.0 {
+        return Ok(ctx.facts.target.rows_estimate as i64);
+    }
+    let target = ctx.facts.shape.target.sql();
+    let row = session
+        .client
+        .query_one(
+            &format!(
+                "select (select count(*) from {target} as t where t.ctid < '(16,0)'::tid)
+                        * greatest(1, pg_relation_size(to_regclass($1)) / current_setting('block_size')::int8 / 16)"
+            ),
+            &[&target],
+        )
+        .await?;
+    Ok(row.get(0))
+}
+
+/// Begins another sweep, for rows that the verifier found unfilled although a value is there.
+///
+/// # Errors
+/// Database errors.
+pub async fn begin_sweep(ctx: &Context) -> Result<i32> {
+    let mut client = ctx.client().await?;
+    let tx = client.transaction().await?;
+    lease::fence(&*tx, &ctx.lease).await?;
+    let mut next = checkpoint::find(&*tx, ctx.job(), 0).await?.ok_or_else(|| Error::internal("no checkpoint"))?;
+    next = Checkpoint { cursor: None, upper: None, finished: false, sweep: next.sweep + 1, ..next };
+    checkpoint::put(&*tx, ctx.job(), 0, &next).await?;
+    checkpoint::clear_quarantine(&*tx, ctx.job()).await?;
+    event::record(&*tx, ctx.job(), "sweep", serde_json::json!({ "sweep": next.sweep })).await?;
+    tx.commit().await?;
+    Ok(next.sweep)
+}
+
+/// The state of the loop between two batches.
+struct Loop {
+    sizer: Sizer,
+    /// While a row that cannot be updated is being isolated: the size to use instead.
+    isolating: Option<u32>,
+    rate: Rate,
+    retries: u32,
+    timeouts_at_floor: u32,
+    reported: Instant,
+}
+
+impl Loop {
+    fn new(ctx: &Context, (least, most, first): (u32, u32, u32)) -> Self {
+        Self {
+            sizer: Sizer::new(ctx.spec.batching.target_duration, least, most, first),
+            isolating: None,
+            rate: Rate::new(Duration::from_secs(10)),
+            retries: 0,
+            timeouts_at_floor: 0,
+            reported: Instant::now(),
+        }
+    }
+
+    async fn run(
+        mut self,
+        ctx: &Context,
+        session: &mut Session,
+        walk: &mut Walk,
+        checkpoint: &mut Checkpoint,
+    ) -> Result<Outcome> {
+        loop {
+            ctx.check()?;
+            let rows = self.isolating.unwrap_or(self.sizer.rows());
+            let isolating = self.isolating.is_some();
+            let sizer = &mut self.sizer;
+            let batch = walk.batch(ctx, session, checkpoint, rows, |units, took| {
+                if !isolating {
+                    sizer.committed(units, took);
+                }
+                sizer.rows()
+            });
+            match batch.await {
+                Ok(Batch::Committed { scanned, updated, took, .. }) => {
+                    self.committed(ctx, session, checkpoint, scanned, updated, took).await?;
+                    if !ctx.spec.batching.pause.is_zero() {
+                        ctx.pause(ctx.spec.batching.pause).await?;
+                    }
+                }
+                Ok(Batch::End) => {
+                    info!(
+                        job = ctx.job(),
+                        rows_scanned = checkpoint.rows_scanned,
+                        rows_updated = checkpoint.rows_updated,
+                        sweep = checkpoint.sweep,
+                        "the sweep reached its end"
+                    );
+                    return Ok(Outcome::Complete);
+                }
+                Ok(Batch::NotRunning) => return Ok(Outcome::StatusChanged),
+                Err(failed) => self.failed(ctx, session, walk, checkpoint, failed).await?,
+            }
+        }
+    }
+
+    async fn committed(
+        &mut self,
+        ctx: &Context,
+        session: &Session,
+        checkpoint: &Checkpoint,
+        scanned: u32,
+        updated: u32,
+        took: Duration,
+    ) -> Result<()> {
+        self.retries = 0;
+        if self.timeouts_at_floor > 0 {
+            self.timeouts_at_floor = 0;
+            set_statement_timeout(ctx, session, 0).await?;
+        }
+        if let Some(size) = self.isolating {
+            // Back to normal step by step: another bad row may be near.
+            self.isolating = Some(size * 2).filter(|s| *s < self.sizer.rows());
+        }
+        metrics::batch(
+            ctx.job(),
+            took,
+            u64::from(scanned),
+            u64::from(updated),
+            u64::from(scanned - updated.min(scanned)),
+        );
+        metrics::batch_size_target(ctx.job(), u64::from(self.sizer.rows()));
+        let rate = self.rate.observe(Instant::now(), checkpoint.rows_scanned);
+        let left = (checkpoint.rows_estimate - checkpoint.rows_scanned).max(0) as f64;
+        let ratio = checkpoint.rows_scanned as f64 / checkpoint.rows_estimate.max(1) as f64;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        metrics::progress(ctx.job(), ratio, (rate > 0.0).then(|| now + left / rate));
+        ctx.progress.update(|p| {
+            p.rows_scanned = checkpoint.rows_scanned;
+            p.rows_updated = checkpoint.rows_updated;
+            p.rows_estimate = checkpoint.rows_estimate;
+            p.batches = checkpoint.batches;
+            p.batch_rows = i64::from(self.sizer.rows());
+            p.rows_per_second = rate;
+            p.note = String::new();
+        });
+        debug!(
+            job = ctx.job(),
+            rows_scanned = scanned,
+            rows_updated = updated,
+            duration_ms = took.as_millis() as u64,
+            "batch"
+        );
+        if self.reported.elapsed() > REPORT_EVERY {
+            self.reported = Instant::now();
+            info!(
+                job = ctx.job(),
+                rows_scanned = checkpoint.rows_scanned,
+                rows_updated = checkpoint.rows_updated,
+                rows_estimate = checkpoint.rows_estimate,
+                rows_per_second = rate as i64,
+                batch_rows = self.sizer.rows(),
+                "backfilling"
+            );
+        }
+        Ok(())
+    }
+
+    async fn failed(
+        &mut self,
+        ctx: &Context,
+        session: &mut Session,
+        walk: &mut Walk,
+        checkpoint: &mut Checkpoint,
+        failed: Failed,
+    ) -> Result<()> {
+        let Failed { error, range } = failed;
+        let sqlstate = error.sqlstate().unwrap_or_default().to_owned();
+        match error.retry() {
+            Retry::Smaller => {
+                self.retries += 1;
+                metrics::retry(ctx.job(), error.sqlstate());
+                if self.sizer.at_floor() && sqlstate == "57014" {
+                    self.timeouts_at_floor += 1;
+                    if self.timeouts_at_floor > MAX_TIMEOUTS_AT_FLOOR {
+                        return Err(Error::failed(
+                            "a batch of the smallest size runs into its timeout again and again",
+                        )
+                        .with_source(error)
+                        .with_hint("look at the plan of the batch (backfilld plan); is there an index for the join?"));
+                    }
+                    set_statement_timeout(ctx, session, self.timeouts_at_floor).await?;
+                }
+                self.sizer.rolled_back();
+                self.isolating = self.isolating.map(|n| (n / 2).max(1));
+                let wait = backoff(self.retries);
+                ctx.progress.update(|p| p.note = format!("retrying after {sqlstate}"));
+                let log = format!("batch rolled back, trying again with {} rows", self.sizer.rows());
+                if self.retries.is_multiple_of(10) {
+                    warn!(job = ctx.job(), sqlstate, retries = self.retries, "{log}: {error}");
+                } else {
+                    debug!(job = ctx.job(), sqlstate, retries = self.retries, "{log}: {error}");
+                }
+                ctx.pause(wait).await
+            }
+            Retry::Never if is_about_a_row(&sqlstate) => match range {
+                Some((key, 1)) => {
+                    walk.set_aside(ctx, session, checkpoint, &key, &error).await?;
+                    let total = checkpoint::quarantined(&session.client, ctx.job()).await?;
+                    metrics::quarantined(ctx.job(), total as u64);
+                    warn!(
+                        job = ctx.job(),
+                        sqlstate,
+                        quarantined = total,
+                        "a row cannot be updated and was put into quarantine"
+                    );
+                    if total > MAX_QUARANTINE {
+                        return Err(Error::failed(format!("more than {MAX_QUARANTINE} rows cannot be updated"))
+                            .with_source(error)
+                            .with_hint("see table backfilld.quarantine for keys and codes"));
+                    }
+                    Ok(())
+                }
+                Some((_, n)) => {
+                    metrics::retry(ctx.job(), error.sqlstate());
+                    self.isolating = Some((n / 2).max(1));
+                    Ok(())
+                }
+                None => Err(error),
+            },
+            Retry::Reconnect | Retry::Never => Err(match error.kind() {
+                Kind::Database => error.context("a batch failed"),
+                _ => error,
+            }),
+        }
+    }
+}
+
+/// Errors that one row's content can cause: data exceptions, constraint violations, exceptions raised by triggers or by
+/// functions in the value.
+pub(crate) fn is_about_a_row(sqlstate: &str) -> bool {
+    ["22", "23", "44", "P0", "21"].iter().any(|class| sqlstate.starts_with(class))
+}
+
+/// 50 ms, doubling to 5 s, jittered so that two daemons or a batch and an application do not stay in step.
+fn backoff(retries: u32) -> Duration {
+    let base = Duration::from_millis(50) * 2u32.pow(retries.saturating_sub(1).min(7));
+    base.min(Duration::from_secs(5)).mul_f64(rand::rng().random_range(0.5..1.5))
+}

@@ -1,0 +1,119 @@
+//! How many rows the next batch gets; pure.
+//!
+//! A servo on batch duration: the 90th percentile of the recent time per row, against the target duration. It grows by a
+//! bounded factor per step, and one batch that took far too long shrinks it at once.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Batches that the percentile looks at: enough for a stable 90th percentile, few enough to follow a change of load
+/// within a second or two of 100 ms batches.
+const WINDOW: usize = 10;
+/// Largest growth per batch.
+const GROWTH: f64 = 1.5;
+/// A batch that took this many times its target shrinks the size at once.
+const OUTLIER: f64 = 2.0;
+
+/// The servo.
+#[derive(Debug, Clone)]
+pub struct Sizer {
+    target: Duration,
+    min: u32,
+    max: u32,
+    rows: u32,
+    recent: VecDeque<f64>,
+}
+
+impl Sizer {
+    /// Starts with `rows`, kept between `min` and `max`. Requires `1 <= min <= max`.
+    pub fn new(target: Duration, min: u32, max: u32, rows: u32) -> Self {
+        Self { target, min, max, rows: rows.clamp(min, max), recent: VecDeque::new() }
+    }
+
+    /// Size of the next batch.
+    pub fn rows(&self) -> u32 {
+        self.rows
+    }
+
+    /// Learns from a committed batch of `rows` that took `took`.
+    pub fn committed(&mut self, rows: u32, took: Duration) {
+        if rows == 0 {
+            return;
+        }
+        self.recent.push_back(took.as_secs_f64() / f64::from(rows));
+        if self.recent.len() > WINDOW {
+            self.recent.pop_front();
+        }
+        let over = took.as_secs_f64() / self.target.as_secs_f64();
+        let wanted = if over > OUTLIER {
+            f64::from(rows) / over
+        } else {
+            self.target.as_secs_f64() / self.p90().max(f64::MIN_POSITIVE)
+        };
+        let capped = wanted.min(f64::from(self.rows) * GROWTH + 1.0).min(f64::from(u32::MAX));
+        self.rows = (capped as u32).clamp(self.min, self.max);
+    }
+
+    /// Learns from a batch that was rolled back: half the size.
+    pub fn rolled_back(&mut self) {
+        self.rows = (self.rows / 2).max(self.min);
+    }
+
+    /// Whether it cannot get smaller.
+    pub fn at_floor(&self) -> bool {
+        self.rows == self.min
+    }
+
+    fn p90(&self) -> f64 {
+        let mut sorted: Vec<f64> = self.recent.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        let at = (sorted.len() * 9).div_ceil(10).saturating_sub(1);
+        sorted.get(at).copied().unwrap_or(0.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TARGET: Duration = Duration::from_millis(100);
+
+    fn plant(sizer: &mut Sizer, per_row_us: u64, batches: usize) {
+        for _ in 0..batches {
+            let rows = sizer.rows();
+            sizer.committed(rows, Duration::from_micros(per_row_us * u64::from(rows)));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_converges_on_the_target(per_row_us in 10u64..5_000, start in 1u32..10_000) {
+            let mut sizer = Sizer::new(TARGET, 1, 1_000_000, start);
+            plant(&mut sizer, per_row_us, 60);
+            let ms = u64::from(sizer.rows()) * per_row_us / 1000;
+            prop_assert!((50..=130).contains(&ms), "{} rows, {ms} ms", sizer.rows());
+        }
+
+        #[test]
+        fn it_stays_between_floor_and_ceiling(steps in prop::collection::vec((1u32..50_000, 0u64..10_000), 1..100)) {
+            let mut sizer = Sizer::new(TARGET, 10, 5_000, 500);
+            for (rows, ms) in steps {
+                sizer.committed(rows, Duration::from_millis(ms));
+                prop_assert!((10..=5_000).contains(&sizer.rows()));
+            }
+        }
+    }
+
+    #[test]
+    fn an_outlier_shrinks_at_once_and_growth_is_slow() {
+        let mut sizer = Sizer::new(TARGET, 1, 100_000, 1000);
+        plant(&mut sizer, 100, 20);
+        assert!((900..=1100).contains(&sizer.rows()));
+        sizer.committed(1000, Duration::from_millis(1000));
+        assert!(sizer.rows() <= 110, "{}", sizer.rows());
+        let before = sizer.rows();
+        plant(&mut sizer, 100, 1);
+        assert!(sizer.rows() <= before * 3 / 2 + 1);
+    }
+}

@@ -1,0 +1,97 @@
+//! The two ways to walk a table, behind one face: the loop need not know which it drives.
+
+use std::time::Duration;
+
+use super::batch::{self, Batch, Failed, Statements};
+use super::heap::HeapWalk;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::ledger::checkpoint::Checkpoint;
+use crate::pg::connect::Session;
+use crate::plan::steps;
+
+/// Pages of the first batch in heap order: enough to measure, few enough for a cold disk.
+const INITIAL_PAGES: u32 = 32;
+
+/// A walk under way.
+pub enum Walk {
+    /// By key.
+    Keyset(Statements),
+    /// In the order of the heap.
+    Heap(Box<HeapWalk>),
+}
+
+impl Walk {
+    /// Goes on where the checkpoint stands. An unfinished sweep keeps its kind; a new one takes the plan's.
+    ///
+    /// # Errors
+    /// Database errors, lease lost.
+    pub async fn open(ctx: &Context, session: &mut Session, checkpoint: &mut Checkpoint) -> Result<Self> {
+        match kind(ctx, checkpoint) {
+            steps::Walk::Keyset => {
+                checkpoint.strategy = "keyset".into();
+                Ok(Self::Keyset(Statements::prepare(&session.client, &ctx.facts.shape).await?))
+            }
+            steps::Walk::Heap => Ok(Self::Heap(Box::new(HeapWalk::open(ctx, session, checkpoint).await?))),
+        }
+    }
+
+    /// Smallest, largest and first batch, in the walk's unit.
+    pub fn limits(&self, ctx: &Context, checkpoint: &Checkpoint) -> (u32, u32, u32) {
+        let b = &ctx.spec.batching;
+        let stored = checkpoint.batch_rows.unsigned_abs();
+        match self {
+            Self::Keyset(_) => (b.min_rows, b.max_rows, stored),
+            Self::Heap(walk) => {
+                let most = walk.most_pages(ctx, b.max_rows);
+                (1, most, if checkpoint.batches == 0 { INITIAL_PAGES } else { stored })
+            }
+        }
+    }
+
+    /// The next batch of up to `size` units.
+    ///
+    /// # Errors
+    /// What the server says, with the range that was tried.
+    pub async fn batch(
+        &mut self,
+        ctx: &Context,
+        session: &mut Session,
+        checkpoint: &mut Checkpoint,
+        size: u32,
+        next: impl FnOnce(u32, Duration) -> u32,
+    ) -> std::result::Result<Batch, Failed> {
+        match self {
+            Self::Keyset(statements) => batch::run(ctx, session, statements, checkpoint, size, next).await,
+            Self::Heap(walk) => walk.batch(ctx, session, checkpoint, size, next).await,
+        }
+    }
+
+    /// Puts aside what cannot be updated in the smallest batch, whose last key (keyset) is `key`. Gives how many rows.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub async fn set_aside(
+        &mut self,
+        ctx: &Context,
+        session: &mut Session,
+        checkpoint: &mut Checkpoint,
+        key: &[String],
+        error: &Error,
+    ) -> Result<u32> {
+        match self {
+            Self::Keyset(statements) => {
+                batch::set_aside(ctx, session, statements, checkpoint, key, error).await?;
+                Ok(1)
+            }
+            Self::Heap(walk) => walk.row_by_row(ctx, session, checkpoint).await,
+        }
+    }
+}
+
+fn kind(ctx: &Context, checkpoint: &Checkpoint) -> steps::Walk {
+    match checkpoint.strategy.as_str() {
+        "keyset" if checkpoint.cursor.is_some() => steps::Walk::Keyset,
+        _ => steps::walk(&ctx.spec, &ctx.facts).0,
+    }
+}

@@ -1,0 +1,257 @@
+//! The command line: one file per subcommand. stdout is data, stderr is progress.
+
+mod check;
+mod config;
+mod control;
+mod demo;
+mod export;
+mod plan;
+#[cfg(test)]
+mod reference;
+mod rollback;
+mod run;
+mod status;
+mod uninstall;
+mod verify;
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::{Error, Kind, Result};
+use crate::job::{self, JobSpec};
+use crate::pg::connect::{Connector, Session};
+use crate::settings::Settings;
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  it failed: the work, the server, or the result is not what it must be
+  2  wrong command line, settings or job file
+  3  check found something that stops a run
+  4  the database cannot be reached or refuses us
+  5  the state of the job or the database does not allow it
+  6  another instance holds the lease
+
+Settings come from --config, then BACKFILLD_* variables (BACKFILLD_DATABASE__URL and so on), then flags; docs/settings.md
+lists them.";
+
+/// Fills a column of a live PostgreSQL table in batches, proves the result, switches schema and policies over, and can undo
+/// it all.
+#[derive(Parser)]
+#[command(name = "backfilld", version, after_help = EXIT_CODES, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Args)]
+struct Global {
+    /// Settings file (TOML)
+    #[arg(long, global = true, env = "BACKFILLD_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting, for example --set database.host=db1; not for secrets, which other users could see
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = key_value)]
+    set: Vec<(String, String)>,
+    /// Log format: auto, text or json
+    #[arg(long, global = true, value_name = "FORMAT")]
+    log_format: Option<String>,
+    /// What to log, for example info or backfilld=debug
+    #[arg(long, global = true, value_name = "FILTER")]
+    log_level: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Look whether a job can run, without changing anything
+    Check(check::CheckArgs),
+    /// Show every statement of every phase, with its lock and its reason
+    Plan(plan::PlanArgs),
+    /// Run a job: the daemon
+    Run(run::RunArgs),
+    /// Show how far jobs are
+    Status(status::StatusArgs),
+    /// Stop a running job after the batch in flight
+    Pause(control::PauseArgs),
+    /// Let a paused or failed job go on
+    Resume(control::JobArg),
+    /// Release the hold point at which a job stands
+    Cutover(control::JobArg),
+    /// Compare every row with its source, without changing anything
+    Verify(verify::VerifyArgs),
+    /// Undo a job: policies, functions, constraints, index, triggers
+    Rollback(rollback::RollbackArgs),
+    /// Forget a job that is rolled back or done
+    Uninstall(uninstall::UninstallArgs),
+    /// Write the job's final schema as an ordinary migration with its way back
+    Export(export::ExportArgs),
+    /// Watch it: a throwaway server, live traffic, the shipped job
+    Demo(demo::DemoArgs),
+    /// Look at the settings
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+}
+
+/// Parses the command line, runs the command, and turns its result into output and an exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // One job is one session at a time; the second thread keeps heartbeat and metrics alive under load.
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(dispatch(cli)),
+        Err(e) => Err(Error::internal("cannot start the runtime").with_source(e)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // A closed stderr is no reason to fail differently.
+            let _ = writeln!(std::io::stderr(), "{}", e.render());
+            ExitCode::from(e.kind().exit_code())
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<()> {
+    let global = &cli.global;
+    match cli.command {
+        Command::Check(args) => check::run(global, args).await,
+        Command::Plan(args) => plan::run(global, args).await,
+        Command::Run(args) => run::run(global, args).await,
+        Command::Status(args) => status::run(global, args).await,
+        Command::Pause(args) => control::pause(global, args).await,
+        Command::Resume(args) => control::resume(global, args).await,
+        Command::Cutover(args) => control::cutover(global, args).await,
+        Command::Verify(args) => verify::run(global, args).await,
+        Command::Rollback(args) => rollback::run(global, args).await,
+        Command::Uninstall(args) => uninstall::run(global, args).await,
+        Command::Export(args) => export::run(global, args).await,
+        Command::Demo(args) => demo::run(global, args).await,
+        Command::Config(command) => config::run(global, command),
+    }
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+    if key.contains("password") {
+        return Err(format!(
+            "{key} on a command line could be read by every user of this machine; use database.password_file or the \
+             environment"
+        ));
+    }
+    if value
+        .split_once("://")
+        .is_some_and(|(_, rest)| rest.split('@').next().is_some_and(|a| a != rest && a.contains(':')))
+    {
+        return Err(format!(
+            "{key} holds a password, which every user of this machine could read here; use \
+             BACKFILLD_DATABASE__URL or database.password_file"
+        ));
+    }
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+impl Global {
+    /// The settings, and logging set up from them. `quiet`: only warnings unless the operator asked for more.
+    fn settings(&self, quiet: bool) -> Result<Settings> {
+        let settings = self.load(quiet)?;
+        crate::telemetry::init(&settings.log, std::io::stderr().is_terminal())?;
+        Ok(settings)
+    }
+
+    fn load(&self, quiet: bool) -> Result<Settings> {
+        let mut flags = Vec::new();
+        if quiet && self.log_level.is_none() && std::env::var_os("BACKFILLD_LOG__LEVEL").is_none() {
+            flags.push(("log.level".to_owned(), "warn".to_owned()));
+        }
+        flags.extend(self.set.iter().cloned());
+        flags.extend(self.log_format.iter().map(|v| ("log.format".to_owned(), v.clone())));
+        flags.extend(self.log_level.iter().map(|v| ("log.level".to_owned(), v.clone())));
+        Settings::load(self.config.as_deref(), flags)
+    }
+}
+
+/// One connection for a command that only needs one.
+async fn connect(settings: &Settings, purpose: &str) -> Result<Session> {
+    Connector::new(&settings.database)?.connect(purpose).await
+}
+
+/// The name of a job, given its name or its directory.
+fn job_name(given: &str) -> Result<String> {
+    let path = Path::new(given);
+    if path.join("job.toml").exists() || given.ends_with(".toml") {
+        return Ok(job::load(path)?.name);
+    }
+    Ok(given.to_owned())
+}
+
+/// The job as it was started, from the ledger.
+fn started_spec(row: &crate::ledger::job::JobRow) -> Result<JobSpec> {
+    serde_json::from_value(row.spec.clone())
+        .map_err(|e| Error::internal(format!("job {} in the ledger cannot be read", row.name)).with_source(e))
+}
+
+/// Writes data to stdout. A reader that went away (`| head`) is no error.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::internal("cannot write to stdout").with_source(e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// JSON for machines, indented.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::internal("cannot write JSON").with_source(e))?;
+    print(&text)
+}
+
+/// Asks before something that cannot be taken back. `yes`: the operator said so already.
+fn confirm(question: &str, yes: bool) -> Result<()> {
+    if yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Error::new(Kind::Input, format!("{question}: not asked, since there is no terminal"))
+            .with_hint("say --yes"));
+    }
+    let _ = write!(std::io::stderr(), "{question} [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).map_err(|e| Error::internal("cannot read the answer").with_source(e))?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        Ok(())
+    } else {
+        Err(Error::refused("not confirmed; nothing was done"))
+    }
+}
+
+/// Width of the terminal for tables; 80 where there is none.
+fn width() -> usize {
+    std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok()).filter(|w| *w >= 40).unwrap_or(80)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn secrets_are_refused_as_arguments() {
+        assert!(key_value("database.password=x").is_err());
+        assert!(key_value("database.url=postgresql://u:secret@h/db").is_err());
+        assert!(key_value("database.url=postgresql://u@h:5432/db").is_ok());
+    }
+}

@@ -1,0 +1,134 @@
+//! `backfilld run`: the daemon.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::Global;
+use crate::daemon::Daemon;
+use crate::error::{Error, Kind, Result};
+use crate::http::{self, HttpState, Readiness};
+use crate::phase::Status;
+use crate::progress::Progress;
+use crate::{job, metrics};
+
+/// Options.
+#[derive(clap::Args)]
+pub struct RunArgs {
+    /// The job's directory
+    job: PathBuf,
+    /// Leave when the job is done, failed or held, with an exit code that says so
+    #[arg(long)]
+    once: bool,
+}
+
+pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
+    let spec = job::load(&args.job)?;
+    let on_terminal = std::io::stderr().is_terminal();
+    let settings = global.settings(on_terminal)?;
+    let daemon = Daemon::new(settings, spec, args.once)?;
+    signals(daemon.shutdown.clone())?;
+    let http_stop = CancellationToken::new();
+    let server = serve_http(&daemon, http_stop.clone()).await?;
+    let bar = on_terminal.then(|| tokio::spawn(show(daemon.progress.clone())));
+    let result = daemon.run().await;
+    if let Some(bar) = bar {
+        bar.abort();
+    }
+    http_stop.cancel();
+    if let Some(server) = server {
+        let _ = server.await;
+    }
+    match result {
+        Ok(Status::Done) => {
+            info!("done");
+            Ok(())
+        }
+        Ok(status) => Err(Error::failed(format!("the job is {status}"))),
+        // A clean stop on request is what a service manager calls success.
+        Err(e) if e.kind() == Kind::Interrupted => {
+            info!("stopped on request; the job goes on at its checkpoint with the next run");
+            Ok(())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Metrics and health, if the settings want them.
+pub async fn serve_http(daemon: &Daemon, stop: CancellationToken) -> Result<Option<JoinHandle<()>>> {
+    let handle =
+        metrics::install().map_err(|e| Error::internal("cannot install the metrics recorder").with_source(e))?;
+    let Some(address) = daemon.settings.http.address()? else { return Ok(None) };
+    let pool = daemon.pool.clone();
+    let state = HttpState::new(handle, move || {
+        let pool = pool.clone();
+        async move { readiness(&pool).await }
+    });
+    Ok(Some(http::serve(address, state, stop).await?.1))
+}
+
+async fn readiness(pool: &crate::pg::pool::Pool) -> Readiness {
+    let status = pool.status();
+    metrics::pool(status.idle, status.in_use, status.waiting);
+    let answer = async { pool.get().await?.execute("select", &[]).await.map_err(Error::from) };
+    match tokio::time::timeout(Duration::from_secs(2), answer).await {
+        Ok(Ok(_)) => Readiness::yes(),
+        Ok(Err(e)) => Readiness::no(e.to_string()),
+        Err(_) => Readiness::no("the database did not answer within 2 s"),
+    }
+}
+
+/// SIGTERM and SIGINT finish the batch in flight; a second one ends the process at once, which the checkpoint survives.
+fn signals(shutdown: CancellationToken) -> Result<()> {
+    let cannot = |e| Error::internal("cannot listen for signals").with_source(e);
+    let mut term = signal(SignalKind::terminate()).map_err(cannot)?;
+    let mut int = signal(SignalKind::interrupt()).map_err(cannot)?;
+    tokio::spawn(async move {
+        for times in 0.. {
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            if times > 0 {
+                std::process::exit(i32::from(Kind::Interrupted.exit_code()));
+            }
+            info!("stopping after the batch in flight");
+            shutdown.cancel();
+        }
+    });
+    Ok(())
+}
+
+/// A calm line on the terminal, and one line above it per phase.
+pub async fn show(progress: Progress) {
+    let mut watch = progress.watch();
+    let bar = ProgressBar::new(0);
+    let style = "{prefix:>10} {wide_bar} {pos}/{len} {msg}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(250));
+    let mut phase = String::new();
+    while watch.changed().await.is_ok() {
+        let now = watch.borrow_and_update().clone();
+        if now.phase != phase {
+            phase = now.phase.clone();
+            bar.println(format!("{phase} {}", now.note).trim_end());
+        }
+        bar.set_prefix(now.phase.clone());
+        bar.set_length(now.rows_estimate.max(now.rows_scanned).unsigned_abs());
+        bar.set_position(now.rows_scanned.unsigned_abs());
+        let left = (now.rows_estimate - now.rows_scanned).max(0) as f64;
+        let eta = match now.rows_per_second {
+            rate if rate > 0.0 && now.phase == "backfill" => {
+                format!(", {} left", humantime::format_duration(Duration::from_secs((left / rate) as u64)))
+            }
+            _ => String::new(),
+        };
+        let note = if now.note.is_empty() { format!("{:.0} rows/s{eta}", now.rows_per_second) } else { now.note };
+        bar.set_message(note);
+    }
+}

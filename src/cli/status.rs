@@ -1,0 +1,198 @@
+//! `backfilld status`: how far jobs are, from any machine, read from the ledger.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio_postgres::Client;
+
+use super::Global;
+use crate::error::Result;
+use crate::ledger::{self, checkpoint, event, job as jobs};
+
+/// Options.
+#[derive(clap::Args)]
+pub struct StatusArgs {
+    /// The job, by name or directory; all jobs if left out
+    job: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    /// Again every second, until interrupted
+    #[arg(long, conflicts_with = "json")]
+    watch: bool,
+    /// The last N events
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    history: i64,
+}
+
+/// A job's status, as `--json` prints it.
+#[derive(Debug, Serialize)]
+struct JobStatus {
+    job: String,
+    phase: String,
+    status: String,
+    reason: String,
+    hint: String,
+    rows_scanned: i64,
+    rows_updated: i64,
+    rows_estimate: i64,
+    batches: i64,
+    sweep: i32,
+    sweep_finished: bool,
+    rows_per_second: Option<f64>,
+    lease: Option<LeaseStatus>,
+    verdict: Option<serde_json::Value>,
+    quarantined: i64,
+    quarantine: Vec<serde_json::Value>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    history: Vec<event::Event>,
+}
+
+#[derive(Debug, Serialize)]
+struct LeaseStatus {
+    instance: String,
+    epoch: i64,
+    held: bool,
+    expires_in_ms: i64,
+}
+
+pub async fn run(global: &Global, args: StatusArgs) -> Result<()> {
+    let settings = global.settings(true)?;
+    let session = super::connect(&settings, "status").await?;
+    let only = args.job.as_deref().map(super::job_name).transpose()?;
+    loop {
+        ledger::migrate::require(&session.client).await?;
+        let names = match &only {
+            Some(name) => vec![jobs::get(&session.client, name).await?.name],
+            None => jobs::all(&session.client).await?.into_iter().map(|j| j.name).collect(),
+        };
+        let mut all = Vec::new();
+        for name in names {
+            all.push(read(&session.client, &name, args.history).await?);
+        }
+        if args.json {
+            return super::print_json(&all);
+        }
+        let text = all.iter().map(text).collect::<Vec<_>>().join("\n\n");
+        if args.watch && std::io::stdout().is_terminal() {
+            // Home, then clear: no scrolling.
+            super::print(&format!("\x1b[H\x1b[2J{text}"))?;
+        } else {
+            super::print(&text)?;
+        }
+        if !args.watch {
+            return Ok(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(()),
+        }
+    }
+}
+
+async fn read(client: &Client, name: &str, history: i64) -> Result<JobStatus> {
+    let job = jobs::get(client, name).await?;
+    let c = checkpoint::find(client, name, 0).await?;
+    let rate = client
+        .query_opt(
+            "select rows_scanned / nullif(extract(epoch from updated_at - started_at), 0)::float8
+             from backfilld.checkpoint where job = $1 and lane = 0",
+            &[&name],
+        )
+        .await?
+        .and_then(|r| r.get(0));
+    let lease = client
+        .query_opt(
+            "select instance, epoch, expires_at > clock_timestamp(),
+                    (extract(epoch from expires_at - clock_timestamp()) * 1000)::int8
+             from backfilld.lease where job = $1",
+            &[&name],
+        )
+        .await?
+        .map(|r| LeaseStatus { instance: r.get(0), epoch: r.get(1), held: r.get(2), expires_in_ms: r.get(3) });
+    let verdict = client
+        .query_opt(
+            "select jsonb_build_object('passed', passed, 'at', at, 'rows_checked', rows_checked, 'counts', counts,
+                                       'samples', samples)
+             from backfilld.verdict where job = $1 order by id desc limit 1",
+            &[&name],
+        )
+        .await?
+        .map(|r| r.get(0));
+    let quarantine = client
+        .query(
+            "select jsonb_build_object('key', key, 'sqlstate', sqlstate, 'message', message)
+             from backfilld.quarantine where job = $1 order by found_at limit 20",
+            &[&name],
+        )
+        .await?;
+    Ok(JobStatus {
+        job: job.name,
+        phase: job.phase.to_string(),
+        status: job.status.to_string(),
+        reason: job.reason,
+        hint: job.hint,
+        rows_scanned: c.as_ref().map_or(0, |c| c.rows_scanned),
+        rows_updated: c.as_ref().map_or(0, |c| c.rows_updated),
+        rows_estimate: c.as_ref().map_or(0, |c| c.rows_estimate),
+        batches: c.as_ref().map_or(0, |c| c.batches),
+        sweep: c.as_ref().map_or(0, |c| c.sweep),
+        sweep_finished: c.as_ref().is_some_and(|c| c.finished),
+        rows_per_second: rate,
+        lease,
+        verdict,
+        quarantined: checkpoint::quarantined(client, name).await?,
+        quarantine: quarantine.iter().map(|r| r.get(0)).collect(),
+        history: if history > 0 { event::latest(client, name, history).await? } else { Vec::new() },
+    })
+}
+
+fn text(s: &JobStatus) -> String {
+    let mut out = format!("job {}\n  phase    {}\n  status   {}", s.job, s.phase, s.status);
+    let mut line = |name: &str, text: String| out.push_str(&format!("\n  {name:<8} {text}"));
+    if !s.reason.is_empty() {
+        line("reason", s.reason.clone());
+    }
+    if !s.hint.is_empty() {
+        line("next", s.hint.clone());
+    }
+    if s.batches > 0 {
+        let of = if s.rows_estimate > 0 { format!(" of about {}", s.rows_estimate) } else { String::new() };
+        line("rows", format!("{} filled, {} walked{of}, sweep {}", s.rows_updated, s.rows_scanned, s.sweep));
+        let rate = s.rows_per_second.map_or(String::new(), |r| format!(", {r:.0} rows/s"));
+        line("batches", format!("{}{rate}", s.batches));
+    }
+    match &s.lease {
+        Some(l) if l.held => line("daemon", format!("{} (epoch {})", l.instance, l.epoch)),
+        _ => line("daemon", "none; start one with: backfilld run <job directory>".into()),
+    }
+    if let Some(v) = &s.verdict {
+        let passed = v["passed"].as_bool().unwrap_or(false);
+        line(
+            "verdict",
+            format!("{} at {}", if passed { "passed" } else { "did not pass" }, v["at"].as_str().unwrap_or("")),
+        );
+        for (kind, n) in v["counts"].as_object().into_iter().flatten() {
+            if n.as_i64() != Some(0) {
+                let keys: Vec<String> = v["samples"][kind]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .take(3)
+                    .map(|k| {
+                        k.as_array().into_iter().flatten().filter_map(|p| p.as_str()).collect::<Vec<_>>().join(",")
+                    })
+                    .collect();
+                line("", format!("{kind}: {n}, such as key {}", keys.join(" | ")));
+            }
+        }
+    }
+    if s.quarantined > 0 {
+        line("aside", format!("{} rows in quarantine (backfilld.quarantine)", s.quarantined));
+    }
+    for e in &s.history {
+        line("event", format!("{} {} by {}: {}", e.at, e.kind, e.actor, e.detail));
+    }
+    out
+}

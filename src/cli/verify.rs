@@ -1,0 +1,52 @@
+//! `backfilld verify`: the proof of the data, by itself. Reads only, so it also works on a standby.
+
+use super::Global;
+use crate::error::{Error, Result};
+use crate::ledger;
+use crate::plan::Facts;
+use crate::verify::Proof;
+
+/// Options.
+#[derive(clap::Args)]
+pub struct VerifyArgs {
+    /// The job, by name or directory
+    job: String,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub async fn run(global: &Global, args: VerifyArgs) -> Result<()> {
+    let settings = global.settings(true)?;
+    let session = super::connect(&settings, "verify").await?;
+    ledger::migrate::require(&session.client).await?;
+    let row = ledger::job::get(&session.client, &super::job_name(&args.job)?).await?;
+    let spec = super::started_spec(&row)?;
+    let facts = Facts::read(&session.client, &spec, settings.database.dedicated_login).await?;
+    if let Some(i) = facts.existing.iter().position(Option::is_none) {
+        return Err(Error::refused(format!("column {} does not exist yet", spec.columns[i].name))
+            .with_hint("the job has not expanded; backfilld status says where it is"));
+    }
+    session.client.batch_execute("set statement_timeout = '10min'").await?;
+    let mut verdict = Proof::new(&spec, &facts).run(&session.client, async |_| Ok(())).await?;
+    let quarantined = ledger::checkpoint::quarantined(&session.client, &row.name).await?;
+    verdict.counts.insert(crate::verify::QUARANTINED.into(), quarantined);
+    verdict.passed = verdict.findings() == 0;
+    if args.json {
+        super::print_json(&verdict)?;
+    } else {
+        let mut out = format!("{:<36} {:>12}\n", "rows checked", verdict.rows_checked);
+        for (kind, n) in &verdict.counts {
+            out.push_str(&format!("{kind:<36} {n:>12}  {}\n", if *n == 0 { "PASS" } else { "FAIL" }));
+            for key in verdict.samples.get(kind).into_iter().flatten().take(5) {
+                out.push_str(&format!("  key {}\n", key.join(", ")));
+            }
+        }
+        super::print(out.trim_end())?;
+    }
+    if verdict.passed {
+        return Ok(());
+    }
+    Err(Error::failed(format!("the verification found {}", verdict.summary()))
+        .with_hint("correct the rows named above at their source; the sync triggers bring the column along"))
+}

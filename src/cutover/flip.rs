@@ -1,0 +1,184 @@
+//! Flip: functions and policies in one short transaction (I7), between two assertions about the exact set of policies.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::{GenericClient, Transaction};
+
+use crate::context::{Context, Outcome};
+use crate::ddl::{self, Change, Strength};
+use crate::error::{Error, Result};
+use crate::expand::snapshot::{self, FunctionState, PolicyState, Security};
+use crate::job::spec::Policies;
+use crate::ledger::objects;
+use crate::pg::connect::Session;
+use crate::pg::ident::QualifiedName;
+use crate::phase::Phase;
+use crate::plan::steps;
+use crate::verify;
+
+/// Runs the phase. Without a passing verdict it goes back to the verification.
+///
+/// # Errors
+/// Refused if a function could not be put back later, or if the policies are not what the job and the snapshot say; DDL errors.
+pub async fn run(ctx: &Context) -> Result<Outcome> {
+    let Some(step) = steps::flip(&ctx.spec, "") else { return Ok(Outcome::Complete) };
+    let mut session = ctx.connect_ddl("flip").await?;
+    if is_flipped(ctx, &session.client).await? {
+        return Ok(Outcome::Complete);
+    }
+    if !verify::verdict_holds(ctx, &session.client).await? {
+        return Ok(Outcome::BackTo(Phase::Verify));
+    }
+    rehearse_way_back(ctx, &mut session).await?;
+    let target = ctx.spec.target.table.sql();
+    let functions: Vec<String> = ctx.spec.functions.iter().flat_map(|f| f.statements.iter().cloned()).collect();
+    let policies: Vec<&str> =
+        step.sql.iter().skip(functions.len()).filter(|s| !s.starts_with("lock table")).map(String::as_str).collect();
+    // One message: the lock is held for one round trip, not for one per policy.
+    let policies = policies.join(";\n");
+    let then = kept_security(ctx, &session.client).await?;
+    // Said before the lock is taken, if it is so; and the session has read the catalogs then, which takes longer than the
+    // flip itself.
+    assert_before(ctx, &session.client, then.as_ref()).await?;
+    let locks = match ctx.spec.policies {
+        Some(_) => vec![(target, Strength::Everything)],
+        None => Vec::new(),
+    };
+    // Functions first: replacing them locks no table, and policies take ACCESS EXCLUSIVE until the commit.
+    let change = Change { what: &step.what, locks, prelude: functions, ..Default::default() };
+    ddl::transaction(ctx, &mut session, &change, async |tx| {
+        assert_before(ctx, tx, then.as_ref()).await?;
+        tx.batch_execute(&policies).await?;
+        let table = ctx.spec.target.table.to_string();
+        // Sent together: one round trip less under the lock.
+        tokio::try_join!(assert_after(ctx, tx), objects::created(tx, ctx.job(), "flip", &table))?;
+        Ok(())
+    })
+    .await?;
+    Ok(Outcome::Complete)
+}
+
+/// Tries whether the old functions can replace the new ones: not if, for example, a new one adds a default to a parameter.
+/// Better to know it before the flip. Locks no table and is rolled back.
+async fn rehearse_way_back(ctx: &Context, session: &mut Session) -> Result<()> {
+    let tx = session.client.transaction().await?;
+    for f in &ctx.spec.functions {
+        let then: Option<FunctionState> = objects::kept(&tx, ctx.job(), "function", &f.signature)
+            .await?
+            .and_then(|then| serde_json::from_value(then).ok())
+            .flatten();
+        for sql in &f.statements {
+            tx.batch_execute(sql).await.map_err(|e| Error::from(e).context(format!("function {}", f.signature)))?;
+        }
+        if let Some(then) = then {
+            tx.batch_execute(&then.definition).await.map_err(|e| {
+                Error::from(e)
+                    .context(format!("function {}: a rollback could not put the old one back", f.signature))
+                    .with_hint("keep the old function's parameter names and defaults, or give the new one another name")
+            })?;
+        }
+    }
+    Ok(tx.rollback().await?)
+}
+
+/// Whether the flip has committed.
+///
+/// # Errors
+/// Database errors.
+pub async fn is_flipped(ctx: &Context, client: &impl GenericClient) -> Result<bool> {
+    objects::is_ours(client, ctx.job(), "flip", &ctx.spec.target.table.to_string()).await
+}
+
+/// The policies now must be those that the snapshot took, and those that the job names: somebody who changed one since has
+/// to be asked.
+async fn assert_before(ctx: &Context, tx: &impl GenericClient, then: Option<&Security>) -> Result<()> {
+    let Some(policies) = &ctx.spec.policies else { return Ok(()) };
+    let table = &ctx.spec.target.table;
+    let now = snapshot::security(tx, table).await?;
+    let then = then.ok_or_else(|| Error::internal("there is no snapshot of the policies"))?;
+    if let Some(difference) = difference(then, &now) {
+        return Err(Error::refused(format!("policies on {table} have changed since the job began: {difference}"))
+            .with_hint("put them back, or roll the job back and start again with a job that names the new ones"));
+    }
+    named(policies, &now, table)
+}
+
+/// The policies as the snapshot took them.
+async fn kept_security(ctx: &Context, client: &impl GenericClient) -> Result<Option<Security>> {
+    objects::kept(client, ctx.job(), "policies", &ctx.spec.target.table.to_string())
+        .await?
+        .map(serde_json::from_value)
+        .transpose()
+        .map_err(|e| Error::internal("snapshot of the policies").with_source(e))
+}
+
+/// Every policy there must be named by the job as replaced or kept, and the other way round.
+///
+/// # Errors
+/// Refused, naming what is left over and what is missing.
+pub fn named(policies: &Policies, now: &Security, table: &QualifiedName) -> Result<()> {
+    let there: BTreeSet<&str> = now.policies.iter().map(|p| p.name.as_str()).collect();
+    let wanted: BTreeSet<&str> = policies.replace.iter().chain(&policies.keep).map(String::as_str).collect();
+    if there == wanted {
+        return Ok(());
+    }
+    let list = |a: &BTreeSet<&str>, b: &BTreeSet<&str>| {
+        let names: Vec<String> = a.difference(b).map(|n| format!("{n:?}")).collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    };
+    Err(Error::refused(format!(
+        "policies on {table}: not named by the job: {}; named but missing: {}",
+        list(&there, &wanted),
+        list(&wanted, &there)
+    ))
+    .with_hint(
+        "a permissive policy that stays would be ORed with the new ones: name it in policies.replace or policies.keep",
+    ))
+}
+
+async fn assert_after(ctx: &Context, tx: &Transaction<'_>) -> Result<()> {
+    let Some(policies) = &ctx.spec.policies else { return Ok(()) };
+    let table = &ctx.spec.target.table;
+    let now = snapshot::security(tx, table).await?;
+    let there: BTreeSet<(String, String, bool, Vec<String>, bool, bool)> = now
+        .policies
+        .iter()
+        .filter(|p| !policies.keep.contains(&p.name))
+        .map(|p| {
+            (p.name.clone(), p.command.clone(), p.permissive, p.roles.clone(), p.using.is_some(), p.check.is_some())
+        })
+        .collect();
+    let wanted = policies
+        .create
+        .iter()
+        .map(|p| {
+            let mut roles: Vec<String> = p.roles.iter().map(|r| r.as_str().to_owned()).collect();
+            roles.sort();
+            let command = p.command.catalog_code().to_owned();
+            (p.name.as_str().to_owned(), command, p.permissive, roles, p.using.is_some(), p.check.is_some())
+        })
+        .collect();
+    if there == wanted && now.policies.len() == policies.create.len() + policies.keep.len() {
+        return Ok(());
+    }
+    Err(Error::internal(format!("after the flip the policies on {table} are not those of the job")))
+}
+
+/// What differs between two states of row level security, in a few words; `None` if nothing does.
+pub fn difference(then: &Security, now: &Security) -> Option<String> {
+    if (then.enabled, then.forced) != (now.enabled, now.forced) {
+        return Some(format!(
+            "row level security was enabled: {}, forced: {}; it is enabled: {}, forced: {}",
+            then.enabled, then.forced, now.enabled, now.forced
+        ));
+    }
+    let find = |list: &[PolicyState], name: &str| list.iter().find(|p| p.name == name).cloned();
+    for policy in &then.policies {
+        match find(&now.policies, &policy.name) {
+            None => return Some(format!("{:?} is gone", policy.name)),
+            Some(other) if other != *policy => return Some(format!("{:?} is another", policy.name)),
+            Some(_) => {}
+        }
+    }
+    now.policies.iter().find(|p| find(&then.policies, &p.name).is_none()).map(|p| format!("{:?} is new", p.name))
+}

@@ -1,0 +1,82 @@
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use super::*;
+
+async fn start(ready: Readiness) -> (SocketAddr, CancellationToken, JoinHandle<()>) {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    metrics::with_local_recorder(&recorder, || metrics::counter!("some_total").increment(3));
+    let state = HttpState::new(recorder.handle(), move || std::future::ready(ready.clone()));
+    let stop = CancellationToken::new();
+    let (address, task) = serve("127.0.0.1:0".parse().unwrap(), state, stop.clone()).await.unwrap();
+    (address, stop, task)
+}
+
+/// The raw response, headers in lower case.
+async fn request(address: SocketAddr, method: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let text = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn the_endpoints_answer_with_security_headers() {
+    let (address, _stop, _task) = start(Readiness::yes()).await;
+    let metrics = request(address, "GET", "/metrics").await;
+    assert!(metrics.starts_with("HTTP/1.1 200") && metrics.contains("some_total 3"), "{metrics}");
+    assert!(metrics.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{metrics}");
+    let health = request(address, "GET", "/healthz").await;
+    assert!(health.starts_with("HTTP/1.1 200") && health.ends_with("ok"), "{health}");
+    let ready = request(address, "GET", "/readyz").await;
+    assert!(ready.starts_with("HTTP/1.1 200") && ready.ends_with(r#"{"ready":true,"reason":"ok"}"#), "{ready}");
+    for answer in [metrics, health, ready, request(address, "GET", "/").await, request(address, "PUT", "/").await] {
+        for (name, value) in SECURITY_HEADERS {
+            assert!(answer.contains(&format!("{name}: {value}")), "{name}: {answer}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn nothing_can_be_changed_and_unknown_paths_list_the_routes() {
+    let (address, _stop, _task) = start(Readiness::yes()).await;
+    for path in ["/metrics", "/readyz", "/anything"] {
+        for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
+            let answer = request(address, method, path).await;
+            assert!(answer.starts_with("HTTP/1.1 405") && answer.contains("allow: GET, HEAD"), "{answer}");
+        }
+    }
+    let answer = request(address, "GET", "/").await;
+    assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("\"/healthz\""), "{answer}");
+    let answer = request(address, "HEAD", "/metrics").await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("\r\n\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn not_ready_is_503_with_the_reason() {
+    let (address, _stop, _task) = start(Readiness::no("the database refuses connections")).await;
+    let answer = request(address, "GET", "/readyz").await;
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("the database refuses connections"), "{answer}");
+    assert!(request(address, "GET", "/healthz").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_one_clear_error() {
+    let (address, _stop, _task) = start(Readiness::yes()).await;
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let state = HttpState::new(recorder.handle(), || std::future::ready(Readiness::yes()));
+    let e = serve(address, state, CancellationToken::new()).await.unwrap_err();
+    assert_eq!(e.kind(), crate::Kind::Input);
+    assert!(e.render().contains("`http.listen`") && e.render().contains("another port"), "{}", e.render());
+}
+
+#[tokio::test]
+async fn the_server_stops_although_a_client_holds_its_connection() {
+    let (address, stop, task) = start(Readiness::yes()).await;
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(b"GET /healthz HTTP/1.1\r\n").await.unwrap();
+    stop.cancel();
+    tokio::time::timeout(SHUTDOWN_GRACE * 3, task).await.unwrap().unwrap();
+}

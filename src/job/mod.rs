@@ -1,0 +1,11 @@
+//! What the operator wrote: `job.toml` and its SQL files, parsed and validated. Knows no database.
+
+pub mod lex;
+pub mod load;
+#[cfg(test)]
+mod reference;
+pub mod spec;
+mod validate;
+
+pub use load::load;
+pub use spec::JobSpec;

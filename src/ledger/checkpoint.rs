@@ -1,0 +1,135 @@
+//! Checkpoints and quarantine. A checkpoint is written in the transaction of the batch it speaks of (I4).
+
+use tokio_postgres::GenericClient;
+
+use crate::error::Result;
+
+/// How far one lane is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint {
+    /// The walk: `keyset` or `heap`.
+    pub strategy: String,
+    /// Last key done, as text; `None`: nothing yet.
+    pub cursor: Option<Vec<String>>,
+    /// Last key to do; `None`: the table was empty.
+    pub upper: Option<Vec<String>>,
+    /// Which sweep over the table this is, from 1.
+    pub sweep: i32,
+    /// This sweep reached its end.
+    pub finished: bool,
+    /// Size of the next batch: rows of a keyset walk, pages of a walk in heap order.
+    pub batch_rows: i32,
+    /// Rows looked at, over all sweeps.
+    pub rows_scanned: i64,
+    /// Rows filled, over all sweeps.
+    pub rows_updated: i64,
+    /// Batches committed.
+    pub batches: i64,
+    /// Rows of the table, estimated when the backfill began.
+    pub rows_estimate: i64,
+}
+
+/// Reads a lane's checkpoint.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn find(client: &impl GenericClient, job: &str, lane: i32) -> Result<Option<Checkpoint>> {
+    let row = client
+        .query_opt(
+            "select strategy, cursor, upper, sweep, finished, batch_rows, rows_scanned, rows_updated, batches, rows_estimate
+             from backfilld.checkpoint where job = $1 and lane = $2",
+            &[&job, &lane],
+        )
+        .await?;
+    Ok(row.map(|r| Checkpoint {
+        strategy: r.get(0),
+        cursor: r.get(1),
+        upper: r.get(2),
+        sweep: r.get(3),
+        finished: r.get(4),
+        batch_rows: r.get(5),
+        rows_scanned: r.get(6),
+        rows_updated: r.get(7),
+        batches: r.get(8),
+        rows_estimate: r.get(9),
+    }))
+}
+
+/// Writes a lane's checkpoint whole: at the start of a sweep.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn put(client: &impl GenericClient, job: &str, lane: i32, c: &Checkpoint) -> Result<()> {
+    client
+        .execute(
+            "insert into backfilld.checkpoint as k (job, lane, strategy, cursor, upper, sweep, finished, batch_rows,
+               rows_scanned, rows_updated, batches, rows_estimate)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+             on conflict (job, lane) do update set strategy = excluded.strategy, cursor = excluded.cursor,
+               upper = excluded.upper, sweep = excluded.sweep, finished = excluded.finished,
+               batch_rows = excluded.batch_rows, rows_scanned = excluded.rows_scanned,
+               rows_updated = excluded.rows_updated, batches = excluded.batches,
+               rows_estimate = excluded.rows_estimate, filenode = null, updated_at = clock_timestamp()",
+            &[
+                &job,
+                &lane,
+                &c.strategy,
+                &c.cursor,
+                &c.upper,
+                &c.sweep,
+                &c.finished,
+                &c.batch_rows,
+                &c.rows_scanned,
+                &c.rows_updated,
+                &c.batches,
+                &c.rows_estimate,
+            ],
+        )
+        .await?;
+    Ok(())
+}
+
+/// The statement that moves a lane's checkpoint by one batch. Parameters: job, lane, cursor, rows scanned, rows updated,
+/// size of the next batch, finished.
+pub const ADVANCE: &str = "update backfilld.checkpoint set cursor = coalesce($3, cursor), rows_scanned = rows_scanned + $4,
+     rows_updated = rows_updated + $5, batch_rows = $6, finished = $7, batches = batches + 1, updated_at = clock_timestamp()
+     where job = $1 and lane = $2";
+
+/// Puts a row that cannot be updated aside. The message is the server's primary message, never its detail.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn quarantine(
+    client: &impl GenericClient,
+    job: &str,
+    key: &[String],
+    sqlstate: &str,
+    message: &str,
+) -> Result<()> {
+    client
+        .execute(
+            "insert into backfilld.quarantine (job, key, sqlstate, message) values ($1, $2, $3, $4)
+             on conflict (job, key) do update set sqlstate = excluded.sqlstate, message = excluded.message,
+               found_at = clock_timestamp()",
+            &[&job, &key, &sqlstate, &message],
+        )
+        .await?;
+    Ok(())
+}
+
+/// Number of rows in quarantine.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn quarantined(client: &impl GenericClient, job: &str) -> Result<i64> {
+    Ok(client.query_one("select count(*) from backfilld.quarantine where job = $1", &[&job]).await?.get(0))
+}
+
+/// Empties the quarantine, before a new sweep that tries those rows again.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn clear_quarantine(client: &impl GenericClient, job: &str) -> Result<()> {
+    client.execute("delete from backfilld.quarantine where job = $1", &[&job]).await?;
+    Ok(())
+}

@@ -1,0 +1,445 @@
+//! Connections. Every session of ours begins here, with the same settings, whoever it is for.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use rand::seq::SliceRandom as _;
+use secrecy::ExposeSecret as _;
+use tokio::task::JoinHandle;
+use tokio_postgres::config::{self, SslNegotiation};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, SimpleQueryMessage, Socket, tls};
+use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_util::sync::CancellationToken;
+
+use super::connect_error::{Place, explain, timed_out};
+use super::tls as our_tls;
+use crate::error::{Error, Kind, Result};
+use crate::settings::{DatabaseSettings, HostSpec, SslMode, Target};
+
+/// What every session of ours is set to, whatever the role, the database or the server say by default.
+///
+/// - `row_security = off`: a policy that would hide rows from us becomes an error (I8).
+/// - `search_path`: our statements name schemas; nobody else's object can stand in for one of the system's.
+/// - formats: text that we read back means the same everywhere.
+/// - timeouts: the bound of last resort (I9); batches, DDL and scans set tighter or wider ones with SET LOCAL.
+/// - where the server knows them: `idle_session_timeout` and `transaction_timeout` off, as a role's default would end
+///   the heartbeat or an index build; `client_connection_check_interval` lets the server notice within 5 s that a killed
+///   daemon is gone and stop its statement (Linux).
+pub const SESSION_SETTINGS: &str = "\
+set row_security = off;
+set search_path = pg_catalog, pg_temp;
+set datestyle = 'ISO, YMD';
+set intervalstyle = postgres;
+set timezone = 'UTC';
+set extra_float_digits = 1;
+set bytea_output = hex;
+set standard_conforming_strings = on;
+set client_min_messages = warning;
+set lock_timeout = '2s';
+set statement_timeout = '60s';
+set idle_in_transaction_session_timeout = '60s';
+set default_transaction_isolation = 'read committed';
+set jit = off;
+select pg_catalog.set_config(s.name, v.value, false)
+  from (values ('idle_session_timeout', '0'), ('transaction_timeout', '0'),
+               ('client_connection_check_interval', '5s')) v(name, value)
+  join pg_catalog.pg_settings s on s.name = v.name
+ where s.name <> 'client_connection_check_interval' or pg_catalog.version() ~ 'linux';
+";
+
+/// Who we are on the server; the last statement of the round trip that applies the settings.
+const IDENTIFY: &str = "select pid, backend_start::text, pg_catalog.current_setting('server_version_num') \
+                        from pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid());";
+
+/// The server cuts `application_name` at `NAMEDATALEN - 1`.
+const MAX_APPLICATION_NAME_BYTES: usize = 63;
+/// How long a dropped session may take to say goodbye before its socket is closed anyway.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Opens sessions. Cheap to clone; holds no connection.
+#[derive(Clone)]
+pub struct Connector {
+    main: Arc<Endpoint>,
+    ddl: Option<Arc<Endpoint>>,
+}
+
+/// One target with its TLS side.
+struct Endpoint {
+    target: Target,
+    tls: MakeRustlsConnect,
+}
+
+/// A connection and the task that drives it. Dropping the session ends both.
+pub struct Session {
+    /// The connection's client.
+    pub client: Client,
+    /// Process id of the server's backend.
+    pub pid: i32,
+    /// When that backend started, as text in UTC that casts to `timestamptz`; with the pid it names the backend.
+    pub backend_start: String,
+    /// For example 150018.
+    pub server_version_num: u32,
+    driver: Driver,
+    closed: CancellationToken,
+    canceller: Canceller,
+}
+
+/// Ends the connection's task. Dropped after the client, so the task is about to say goodbye by itself.
+struct Driver(Option<JoinHandle<()>>);
+
+/// Cancels what a session is doing; independent of borrows of the session.
+#[derive(Clone)]
+pub struct Canceller {
+    token: CancelToken,
+    tls: MakeRustlsConnect,
+    timeout: Duration,
+    place: String,
+}
+
+impl Connector {
+    /// Resolves the settings (with libpq's environment and password file) and reads the certificates. Connects to
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`Kind::Input`] for settings that contradict each other and files that cannot be used.
+    pub fn new(settings: &DatabaseSettings) -> Result<Self> {
+        let endpoint = |target: Target| -> Result<Arc<Endpoint>> {
+            if let Some(path) = &target.password_file {
+                read_password(path, Kind::Input)?;
+            }
+            Ok(Arc::new(Endpoint { tls: our_tls::connector(&target.tls)?, target }))
+        };
+        let main = endpoint(settings.target()?)?;
+        let ddl = settings.ddl_target()?.map(endpoint).transpose()?;
+        Ok(Self { main, ddl })
+    }
+
+    /// Where [`Connector::connect`] goes.
+    pub fn target(&self) -> &Target {
+        &self.main.target
+    }
+
+    /// Where [`Connector::connect_ddl`] goes.
+    pub fn ddl_target(&self) -> &Target {
+        &self.ddl_endpoint().target
+    }
+
+    /// Opens a session with [`SESSION_SETTINGS`]; `purpose` becomes `application_name = backfilld/<purpose>`.
+    ///
+    /// # Errors
+    /// [`Kind::Connect`] with host, port, user, database, the reason and a hint; never the password.
+    pub async fn connect(&self, purpose: &str) -> Result<Session> {
+        self.main.session(purpose).await
+    }
+
+    /// Like [`Connector::connect`] by way of `database.ddl_url`, if that is set: never through a transaction pooler.
+    ///
+    /// # Errors
+    /// As [`Connector::connect`].
+    pub async fn connect_ddl(&self, purpose: &str) -> Result<Session> {
+        self.ddl_endpoint().session(purpose).await
+    }
+
+    fn ddl_endpoint(&self) -> &Endpoint {
+        self.ddl.as_deref().unwrap_or(&self.main)
+    }
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Connector({})", self.main.target)
+    }
+}
+
+impl Endpoint {
+    /// Tries the hosts in turn. As in libpq, a host that answers and refuses the login ends the search.
+    async fn session(&self, purpose: &str) -> Result<Session> {
+        let name = application_name(purpose);
+        let mut hosts: Vec<&HostSpec> = self.target.hosts.iter().collect();
+        if self.target.shuffle {
+            hosts.shuffle(&mut rand::rng());
+        }
+        let mut failed: Vec<Error> = Vec::new();
+        for host in hosts {
+            let place = Place { host, target: &self.target };
+            let limit = self.target.connect_timeout;
+            let result = tokio::time::timeout(limit, self.session_on(&place, &name)).await;
+            match result.unwrap_or_else(|_| Err(timed_out(&place, limit))) {
+                Ok(session) => return Ok(session),
+                Err(e) if matches!(e.sqlstate(), Some("28P01" | "28000" | "3D000" | "42501")) => return Err(e),
+                Err(e) => failed.push(e),
+            }
+        }
+        Err(summary(failed))
+    }
+
+    async fn session_on(&self, place: &Place<'_>, application_name: &str) -> Result<Session> {
+        let mut first_error = None;
+        for mode in attempts(self.target.tls.mode, place.host) {
+            let config = self.config(place.host, mode, application_name)?;
+            match config.connect(self.tls.clone()).await {
+                Ok((client, connection)) => return self.start(place, client, connection).await,
+                Err(e) => {
+                    let refused = e.code().is_some_and(|c| c.code() == "28000");
+                    let again = refused || super::connect_error::is_tls(&e);
+                    let error = explain(&e, place);
+                    match first_error.take() {
+                        // The second way in was refused as well: the first refusal is what the operator has to look at.
+                        Some(first) if refused => return Err(first),
+                        _ if again => first_error = Some(error),
+                        _ => return Err(error),
+                    }
+                }
+            }
+        }
+        Err(first_error.unwrap_or_else(|| Error::internal("no way to connect was tried")))
+    }
+
+    /// Applies the session settings and learns who we are, in one round trip.
+    async fn start<T>(
+        &self,
+        place: &Place<'_>,
+        client: Client,
+        connection: tokio_postgres::Connection<Socket, T>,
+    ) -> Result<Session>
+    where
+        T: tls::TlsStream + Unpin + Send + 'static,
+    {
+        let closed = CancellationToken::new();
+        let task = tokio::spawn(drive(connection, closed.clone()));
+        let canceller = Canceller {
+            token: client.cancel_token(),
+            tls: self.tls.clone(),
+            timeout: self.target.connect_timeout,
+            place: place.host.to_string(),
+        };
+        let mut session = Session {
+            client,
+            pid: 0,
+            backend_start: String::new(),
+            server_version_num: 0,
+            driver: Driver(Some(task)),
+            closed,
+            canceller,
+        };
+        let messages = session.client.simple_query(&format!("{SESSION_SETTINGS}{IDENTIFY}")).await;
+        let messages = messages.map_err(|e| explain(&e, place).context("applying the session settings"))?;
+        let rows = messages.iter().filter_map(|m| if let SimpleQueryMessage::Row(r) = m { Some(r) } else { None });
+        let Some(row) = rows.filter(|r| r.len() == 3).last() else {
+            return Err(Error::new(Kind::Connect, format!("{} did not say which backend this is", place.host)));
+        };
+        let text = |i: usize| row.try_get(i).ok().flatten().unwrap_or_default();
+        session.pid = text(0).parse().unwrap_or_default();
+        session.backend_start = text(1).to_owned();
+        session.server_version_num = text(2).parse().unwrap_or_default();
+        Ok(session)
+    }
+
+    fn config(&self, host: &HostSpec, mode: config::SslMode, application_name: &str) -> Result<Config> {
+        let t = &self.target;
+        let mut c = Config::new();
+        c.host(&host.host).port(host.port).user(&t.user).dbname(&t.dbname).application_name(application_name);
+        if let Some(address) = host.address {
+            c.hostaddr(address);
+        }
+        match (&t.password_file, &host.password) {
+            (Some(path), _) => {
+                c.password(read_password(path, Kind::Connect)?);
+            }
+            (None, Some(password)) => {
+                c.password(password.expose_secret());
+            }
+            (None, None) => {}
+        }
+        if let Some(options) = &t.options {
+            c.options(options);
+        }
+        c.ssl_mode(mode).target_session_attrs(t.session_attrs).channel_binding(t.channel_binding);
+        if t.tls.direct {
+            c.ssl_negotiation(SslNegotiation::Direct);
+        }
+        c.connect_timeout(t.connect_timeout).tcp_user_timeout(t.tcp_user_timeout);
+        c.keepalives(t.keepalives).keepalives_idle(t.keepalives_idle);
+        if let Some(interval) = t.keepalives_interval {
+            c.keepalives_interval(interval);
+        }
+        if let Some(count) = t.keepalives_count {
+            c.keepalives_retries(count);
+        }
+        Ok(c)
+    }
+}
+
+/// How to try one host, in order; the second way is taken only where the first failed for want of (or because of) TLS.
+fn attempts(mode: SslMode, host: &HostSpec) -> Vec<config::SslMode> {
+    use config::SslMode as Wire;
+    match mode {
+        _ if host.is_socket() => vec![Wire::Disable],
+        SslMode::Disable => vec![Wire::Disable],
+        SslMode::Allow => vec![Wire::Disable, Wire::Require],
+        SslMode::Prefer => vec![Wire::Prefer, Wire::Disable],
+        SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => vec![Wire::Require],
+    }
+}
+
+/// Runs the connection until it ends, and passes the server's notices on. Their text can hold row values.
+async fn drive<T>(mut connection: tokio_postgres::Connection<Socket, T>, closed: CancellationToken)
+where
+    T: tls::TlsStream + Unpin,
+{
+    let _closed = closed.drop_guard();
+    let mut messages = futures_util::stream::poll_fn(move |cx| connection.poll_message(cx));
+    while let Some(message) = messages.next().await {
+        match message {
+            Ok(AsyncMessage::Notice(n)) => {
+                tracing::debug!(severity = n.severity(), sqlstate = n.code().code(), "notice from the server");
+                tracing::trace!(sqlstate = n.code().code(), text = n.message(), "text of the notice");
+            }
+            Ok(_) => {}
+            Err(e) => {
+                let sqlstate = e.code().map(|c| c.code().to_owned());
+                tracing::debug!(error = %Error::from(e), sqlstate, "connection ended");
+                return;
+            }
+        }
+    }
+}
+
+/// `backfilld/<purpose>`, at most 63 bytes.
+fn application_name(purpose: &str) -> String {
+    let mut name = format!("backfilld/{purpose}");
+    while name.len() > MAX_APPLICATION_NAME_BYTES {
+        name.pop();
+    }
+    name
+}
+
+/// The password in a file; one line end is not part of it. At start an unreadable file is wrong input, later (a secret
+/// that is being rotated) it is one more reason to try again.
+fn read_password(path: &Path, kind: Kind) -> Result<String> {
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Error::new(kind, format!("`database.password_file`: cannot read {}", path.display())).with_source(e)
+    })?;
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
+}
+
+/// One error for several hosts.
+fn summary(mut failed: Vec<Error>) -> Error {
+    let Some(last) = failed.pop() else { return Error::internal("there is no host to connect to") };
+    if failed.is_empty() {
+        return last;
+    }
+    failed.push(last);
+    let reasons: Vec<String> = failed.iter().map(ToString::to_string).collect();
+    let error =
+        Error::new(Kind::Connect, format!("none of {} hosts can be used: {}", failed.len(), reasons.join("; ")));
+    let sqlstate = failed.iter().rev().find_map(|e| e.sqlstate()).map(str::to_owned);
+    let hint = failed.iter().rev().find_map(|e| e.hint()).map(str::to_owned);
+    let error = match sqlstate {
+        Some(state) => error.with_sqlstate(state),
+        None => error,
+    };
+    match hint {
+        Some(hint) => error.with_hint(hint),
+        None => error,
+    }
+}
+
+impl Session {
+    /// The bare token; [`Session::canceller`] brings the right TLS with it.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.canceller.token.clone()
+    }
+
+    /// Something that cancels this session's statement while a transaction borrows the session.
+    pub fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
+    /// Asks the server to cancel what the session is doing. The statement then fails with 57014, unless it was faster.
+    ///
+    /// # Errors
+    /// As [`Canceller::cancel`].
+    pub async fn cancel(&self) -> Result<()> {
+        self.canceller.cancel().await
+    }
+
+    /// Resolves when the connection has ended, whoever ended it.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_closed(&self) -> bool {
+        self.closed.is_cancelled() || self.client.is_closed()
+    }
+
+    /// Says goodbye to the server and waits until the connection is closed, at most one second.
+    pub async fn close(self) {
+        let closed = self.closed.clone();
+        drop(self);
+        // Not an error: `drop` closes the socket then.
+        let _ = tokio::time::timeout(GOODBYE, closed.cancelled()).await;
+    }
+
+    /// The client and its task, for a pool that owns both.
+    pub(super) fn into_parts(mut self) -> (Client, JoinHandle<()>) {
+        let task = self.driver.0.take().unwrap_or_else(|| tokio::spawn(async {}));
+        (self.client, task)
+    }
+}
+
+impl Canceller {
+    /// Asks the server to cancel what the session is doing.
+    ///
+    /// # Errors
+    /// [`Kind::Connect`] if the request could not be sent. That it was sent does not say that something was cancelled.
+    pub async fn cancel(&self) -> Result<()> {
+        let sent = tokio::time::timeout(self.timeout, self.token.cancel_query(self.tls.clone())).await;
+        match sent {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(e)) => {
+                Err(Error::new(Kind::Connect, format!("cannot send a cancel request to {}", self.place)).with_source(e))
+            }
+            Err(_) => Err(Error::new(Kind::Connect, format!("a cancel request to {} timed out", self.place))),
+        }
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Session(backend {} on {})", self.pid, self.canceller.place)
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let Some(mut task) = self.0.take().filter(|t| !t.is_finished()) else { return };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => {
+                runtime.spawn(async move {
+                    if tokio::time::timeout(GOODBYE, &mut task).await.is_err() {
+                        task.abort();
+                    }
+                });
+            }
+            Err(_) => task.abort(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn application_names_fit_the_server() {
+        assert_eq!(application_name("job/1/batch"), "backfilld/job/1/batch");
+        let long = application_name(&"ü".repeat(60));
+        assert!(long.len() <= MAX_APPLICATION_NAME_BYTES && long.starts_with("backfilld/ü"));
+    }
+}

@@ -1,0 +1,88 @@
+//! The rules that the types cannot say. Each names the full path of its key.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use secrecy::ExposeSecret as _;
+
+use super::{Settings, conninfo};
+use crate::error::{Error, Result};
+
+/// Longest instance name in bytes: it is part of `application_name`, which the server cuts at 63.
+const MAX_INSTANCE_BYTES: usize = 63;
+
+impl Settings {
+    /// Checks every rule that needs no file and no server.
+    ///
+    /// # Errors
+    /// [`Kind::Input`](crate::Kind::Input) with the first rule that is broken.
+    pub fn validate(&self) -> Result<()> {
+        if self.instance.is_empty()
+            || self.instance.len() > MAX_INSTANCE_BYTES
+            || self.instance.chars().any(char::is_control)
+        {
+            return Err(Error::input(format!(
+                "`instance`: expected 1 to {MAX_INSTANCE_BYTES} bytes without control characters"
+            )));
+        }
+        let d = &self.database;
+        for (key, url) in [("database.url", &d.url), ("database.ddl_url", &d.ddl_url)] {
+            if let Some(url) = url {
+                conninfo::parse(url.expose_secret()).map_err(|e| Error::input(format!("`{key}`: {e}")))?;
+            }
+        }
+        if d.password.is_some() && d.password_file.is_some() {
+            return Err(Error::input("`database.password_file`: expected nothing, as `database.password` is set")
+                .with_hint("keep one of the two"));
+        }
+        if !(2..=64).contains(&d.pool_size) {
+            return Err(Error::input(format!("`database.pool_size`: expected 2 to 64, found {}", d.pool_size)));
+        }
+        if d.port == Some(0) {
+            return Err(Error::input("`database.port`: expected 1 to 65535, found 0"));
+        }
+        let (second, minute, hour) = (Duration::from_secs(1), Duration::from_secs(60), Duration::from_secs(3600));
+        between("database.connect_timeout", d.connect_timeout, second, 5 * minute)?;
+        between("database.keepalives_idle", d.keepalives_idle, second, 2 * hour)?;
+        between("database.tcp_user_timeout", d.tcp_user_timeout, second, 10 * minute)?;
+        between("lease.ttl", self.lease.ttl, 3 * second, 10 * minute)?;
+        between("ddl.lock_timeout", self.ddl.lock_timeout, Duration::from_millis(10), 2 * second)?;
+        between("ddl.patience", self.ddl.patience, second, 7 * 24 * hour)?;
+        between("ddl.retry_max_wait", self.ddl.retry_max_wait, Duration::from_millis(100), 5 * minute)?;
+        listen_address(&self.http.listen)?;
+        log_filter(&self.log.level).map(|_| ())
+    }
+}
+
+/// The filter of `log.level`.
+///
+/// # Errors
+/// [`Kind::Input`](crate::Kind::Input) naming the key and the part that is wrong.
+pub(crate) fn log_filter(level: &str) -> Result<tracing_subscriber::EnvFilter> {
+    tracing_subscriber::EnvFilter::builder().parse(level).map_err(|e| {
+        Error::input(format!("`log.level`: expected a level or a filter, found {level:?}"))
+            .with_source(e)
+            .with_hint("for example info, debug, or info,backfilld::ddl=debug")
+    })
+}
+
+/// `off` and nothing mean no HTTP.
+pub(super) fn listen_address(listen: &str) -> Result<Option<SocketAddr>> {
+    if listen.is_empty() || listen == "off" {
+        return Ok(None);
+    }
+    let numeric = listen.strip_prefix("localhost:").map_or_else(|| listen.to_owned(), |p| format!("127.0.0.1:{p}"));
+    numeric.parse().map(Some).map_err(|_| {
+        Error::input(format!(
+            "`http.listen`: expected an address and port such as 127.0.0.1:9847 or off, found {listen:?}"
+        ))
+    })
+}
+
+fn between(key: &str, value: Duration, least: Duration, most: Duration) -> Result<()> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    let show = humantime::format_duration;
+    Err(Error::input(format!("`{key}`: expected {} to {}, found {}", show(least), show(most), show(value))))
+}

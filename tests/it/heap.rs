@@ -1,0 +1,110 @@
+//! The walk in heap order: every row once, whatever happens to the table meanwhile.
+
+use crate::killed::{ROWS, checkpoint_is_right, is_complete, run_through};
+use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, wait_until};
+
+/// A daemon that was killed after its first batches, in the middle of the rounds of its only window.
+async fn killed_half_way(template: Template) -> (JobDir, TestDb, Ledger) {
+    let (job, db) = (JobDir::heap(), TestDb::new(template).await);
+    let ledger = Ledger::new(&db).await;
+    let ended = Cli::new(&db).env("BACKFILLD_FAULT", "after-commit:3").run(&["run", "--once", job.path()]).await;
+    assert_eq!(ended.code, None, "{ended:#?}");
+    assert!(ledger.unfilled().await > 0);
+    assert!(ledger.is("select heap_round > 0 and heap_rounds > 1 from backfilld.checkpoint").await);
+    (job, db, ledger)
+}
+
+async fn sweeps(ledger: &Ledger) -> i64 {
+    ledger.number("select count(*) from backfilld.event where kind = 'heap_sweep'").await
+}
+
+#[tokio::test]
+async fn a_walk_killed_after_every_single_batch_finishes_without_rework() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(ROWS)).await);
+    let ledger = Ledger::new(&db).await;
+    let mut look = async || checkpoint_is_right(&ledger).await;
+    let killed = run_through(&db, &["run", "--once", job.path()], "after-commit:1", &mut look).await;
+    assert!(killed >= 16, "one batch per round at least, {killed} seen");
+    assert_eq!(sweeps(&ledger).await, 1);
+    is_complete(&db, &ledger).await;
+}
+
+#[tokio::test]
+async fn a_batch_killed_before_its_commit_is_done_again() {
+    let (job, db, ledger) = killed_half_way(Template::Rows(ROWS)).await;
+    let before = ledger.number("select count(auth_user_id) from public.messages").await;
+    let ended = Cli::new(&db).env("BACKFILLD_FAULT", "before-commit:1").run(&["run", "--once", job.path()]).await;
+    assert_eq!(ended.code, None, "{ended:#?}");
+    assert_eq!(ledger.number("select count(auth_user_id) from public.messages").await, before);
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+    assert_eq!(sweeps(&ledger).await, 1, "it went on where it stood");
+    is_complete(&db, &ledger).await;
+}
+
+#[tokio::test]
+async fn a_table_that_is_rewritten_half_way_is_walked_anew() {
+    let (job, db, ledger) = killed_half_way(Template::Rows(ROWS)).await;
+    ledger.run("vacuum full public.messages").await;
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "the table was rewritten");
+    assert_eq!(sweeps(&ledger).await, 2);
+    is_complete(&db, &ledger).await;
+}
+
+#[tokio::test]
+async fn a_table_that_is_emptied_grows_or_shrinks_half_way_is_no_problem() {
+    let (job, db, ledger) = killed_half_way(Template::Rows(ROWS)).await;
+    ledger.run("delete from public.messages where ctid >= '(4,0)'").await;
+    ledger.run("vacuum public.messages").await;
+    ledger
+        .run(
+            "insert into public.messages (conversation_id, role, content)
+             select id, 'user', repeat('x', 500) from public.conversations, generate_series(1, 5)",
+        )
+        .await;
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+    assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
+
+    let (job, db, ledger) = killed_half_way(Template::Rows(ROWS)).await;
+    ledger.run("truncate public.messages").await;
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+    assert_eq!(ledger.status().await, "done");
+}
+
+#[tokio::test]
+async fn rows_that_cannot_be_updated_are_put_aside_one_by_one() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(ROWS)).await);
+    let ledger = Ledger::new(&db).await;
+    job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(5, "hold point");
+    ledger
+        .run(
+            "alter table public.messages add constraint odd
+             check (auth_user_id is null or content not like 'Message 7%') not valid",
+        )
+        .await;
+    let bad = ledger.number("select count(*) from public.messages where content like 'Message 7%'").await;
+    assert!(bad > 1);
+    Cli::new(&db).run(&["cutover", JOB]).await.expect(0, "");
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(1, "quarantined");
+    assert_eq!(ledger.unfilled().await, bad);
+    let aside = "select count(*) from backfilld.quarantine q join public.messages m on m.id::text = q.key[1]
+                 where q.sqlstate = '23514' and m.content like 'Message 7%'";
+    assert_eq!(ledger.number(aside).await, bad);
+    checkpoint_is_right(&ledger).await;
+    ledger.run("alter table public.messages drop constraint odd").await;
+    Cli::new(&db).run(&["resume", JOB]).await.expect(0, "");
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+    assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
+}
+
+#[tokio::test]
+async fn most_updates_find_room_on_their_page() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(5_000)).await);
+    let ledger = Ledger::new(&db).await;
+    ledger.run("vacuum analyze public.messages").await;
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+    let stat = "from pg_stat_user_tables where relid = 'public.messages'::regclass";
+    wait_until("the statistics are in", async || ledger.is(&format!("select n_tup_upd >= 5000 {stat}")).await).await;
+    let hot = ledger.number(&format!("select 100 * n_tup_hot_upd / n_tup_upd {stat}")).await;
+    assert!(hot >= 70, "{hot}% of the updates were HOT");
+}

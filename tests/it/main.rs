@@ -1,0 +1,30 @@
+//! Integration tests on a real PostgreSQL server.
+
+#[allow(dead_code, unused_imports, reason = "helpers are there for the tests to come")]
+#[path = "../support/mod.rs"]
+mod support;
+
+mod bad_input;
+mod batches;
+mod cluster;
+mod control;
+mod cutover;
+mod demo;
+mod demo_migration;
+mod heap;
+mod interleaving;
+mod killed;
+mod lease;
+mod life;
+mod preflight;
+mod proof;
+mod rollback;
+mod sync_access;
+mod sync_contract;
+mod sync_cost;
+mod sync_fixture;
+mod sync_races;
+mod sync_random;
+mod sync_refusals;
+mod sync_sources;
+mod sync_values;

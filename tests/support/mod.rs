@@ -1,0 +1,11 @@
+//! What every integration test needs: one shared server, a database per test, sessions that can be interleaved.
+
+mod daemon;
+mod db;
+mod server;
+mod session;
+
+pub use daemon::{Cli, Ended, JOB, JobDir, Ledger, Local, Process, run_once, schema_dump, settings};
+pub use db::{Template, TestDb};
+pub use server::{block_on, server};
+pub use session::{Session, wait_until};
