@@ -33,6 +33,7 @@ const EXIT_CODES: &str = "Exit codes:
   4  the database cannot be reached or refuses us
   5  the state of the job or the database does not allow it
   6  another instance holds the lease
+130  ended by a second signal, or asked to stop before it was done
 
 Settings come from --config, then BACKFILLD_* variables (BACKFILLD_DATABASE__URL and so on), then flags; docs/settings.md
 lists them.";

@@ -126,13 +126,34 @@ impl JobSpec {
         fixed.verification = Default::default();
         fixed.hold_before.clear();
         fixed.description.clear();
-        let json = serde_json::to_vec(&fixed).unwrap_or_default();
-        Sha256::digest(&json).iter().map(|b| format!("{b:02x}")).collect()
+        let json = pruned(serde_json::to_value(&fixed).unwrap_or_default()).to_string();
+        Sha256::digest(json.as_bytes()).iter().map(|b| format!("{b:02x}")).collect()
     }
 
     /// Every alias that expressions may use: `t`, then the sources in order.
     pub fn aliases(&self) -> Vec<&str> {
         std::iter::once(TARGET_ALIAS).chain(self.source.iter().map(|j| j.alias.as_str())).collect()
+    }
+}
+
+/// Without what says nothing (null, false, empty), so that a key which a later version adds, and a job does not use, leaves
+/// the hashes of jobs that are under way as they are.
+fn pruned(value: serde_json::Value) -> serde_json::Value {
+    use serde_json::Value::{Array, Bool, Null, Object, String};
+    let says_nothing = |v: &serde_json::Value| match v {
+        Null | Bool(false) => true,
+        String(s) => s.is_empty(),
+        Array(a) => a.is_empty(),
+        Object(o) => o.is_empty(),
+        _ => false,
+    };
+    match value {
+        Object(o) => {
+            let kept = o.into_iter().map(|(k, v)| (k, pruned(v))).filter(|(_, v)| !says_nothing(v));
+            Object(kept.collect())
+        }
+        Array(a) => Array(a.into_iter().map(pruned).collect()),
+        other => other,
     }
 }
 
@@ -221,6 +242,10 @@ mod tests {
         let mut b = a.clone();
         b.batching.max_rows = 77;
         assert_eq!(a.hash(), b.hash());
+        assert!(
+            !pruned(serde_json::to_value(&a).unwrap()).to_string().contains("null"),
+            "says nothing of what is not there"
+        );
         b.columns[0].not_null = true;
         assert_ne!(a.hash(), b.hash());
         let lines = diff(&serde_json::to_value(&a).unwrap(), &serde_json::to_value(&b).unwrap());
