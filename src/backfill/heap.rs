@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::{Client, GenericClient, Statement};
 use tracing::{info, warn};
 
 use super::batch::{Batch, Failed};
-use super::heap_cursor::{HeapCursor, Slice, initial_rounds, next_rounds};
+use super::heap_cursor::{HeapCursor, MAX_SLICE_PAGES, Slice, initial_rounds, next_rounds};
 use crate::context::Context;
 use crate::error::{Error, Result, Retry};
 use crate::ledger::checkpoint::{self, Checkpoint};
@@ -30,8 +30,6 @@ pub struct HeapWalk {
 struct Statements {
     fence: Statement,
     fill: Statement,
-    recheck: Option<Statement>,
-    hot: Statement,
     advance: Statement,
     unfilled: Statement,
     fill_row: Statement,
@@ -107,7 +105,7 @@ impl HeapWalk {
     pub fn most_pages(&self, ctx: &Context, rows: u32) -> u32 {
         let pages = self.cursor.bound.max(1) as f64;
         let per_page = (f64::from(ctx.facts.target.rows_estimate.max(1.0)) / pages).max(1.0);
-        (f64::from(rows) * f64::from(self.cursor.rounds) / per_page).clamp(1.0, 100_000.0) as u32
+        (f64::from(rows) * f64::from(self.cursor.rounds) / per_page).clamp(1.0, f64::from(MAX_SLICE_PAGES)) as u32
     }
 
     /// Runs the next batch of up to `pages` pages; as [`super::batch::run`].
@@ -126,40 +124,67 @@ impl HeapWalk {
             return self.finish(ctx, session, checkpoint).await;
         };
         let began = Instant::now();
-        let tx = session.client.transaction().await?;
+        let attempt = self.attempt(ctx, &session.client, checkpoint, slice, began, next_pages).await;
+        if !matches!(attempt, Ok(Attempt::Committed(_))) {
+            // What a broken connection makes of this does not matter: its transaction is gone as well.
+            let _ = session.client.batch_execute("rollback").await;
+        }
+        match attempt.map_err(|error| Failed { error, range: Some((Vec::new(), (slice.high - slice.low) as u32)) })? {
+            Attempt::Committed(batch) => Ok(batch),
+            Attempt::NotRunning => Ok(Batch::NotRunning),
+            Attempt::Rewritten => {
+                self.begin(ctx, session, checkpoint, "the table was rewritten").await?;
+                Ok(Batch::Committed { units: 0, scanned: 0, updated: 0, took: began.elapsed() })
+            }
+        }
+    }
+
+    /// One transaction in two round trips: `begin`, fence and update go out together, checkpoint and `commit` as well.
+    ///
+    /// Nothing is lost by not waiting in between. Without the fence the transaction is rolled back. Where the table was
+    /// rewritten the checkpoint does not move, and what was filled is right all the same.
+    async fn attempt(
+        &mut self,
+        ctx: &Context,
+        client: &Client,
+        checkpoint: &mut Checkpoint,
+        slice: Slice,
+        began: Instant,
+        next_pages: impl FnOnce(u32, Duration) -> u32,
+    ) -> Result<Attempt> {
         let lease = &ctx.lease;
         let fence: [&(dyn ToSql + Sync); 3] = [&lease.job, &lease.epoch, &lease.holder];
         let bounds = Bounds::of(slice);
         let range = bounds.params();
-        // Fence and update go out together; without the fence nothing of it commits.
-        let (status, updated) =
-            tokio::join!(tx.query_opt(&self.statements.fence, &fence), tx.execute(&self.statements.fill, &range));
+        let (begun, status, updated) = tokio::join!(
+            biased;
+            client.batch_execute("begin"),
+            client.query_opt(&self.statements.fence, &fence),
+            client.execute(&self.statements.fill, &range),
+        );
+        begun?;
         let status: String = status?.ok_or_else(|| lease::lost(ctx.job()))?.get(0);
         if status != Status::Running.as_str() {
-            tx.rollback().await?;
-            return Ok(Batch::NotRunning);
+            return Ok(Attempt::NotRunning);
         }
-        let failed = |e: tokio_postgres::Error| Failed { error: e.into(), range: Some((Vec::new(), pages)) };
-        let updated = updated.map_err(failed)?;
-        if let Some(recheck) = &self.statements.recheck {
-            tx.execute(recheck, &range).await.map_err(failed)?;
-        }
-        let hot = tx.query_one(&self.statements.hot, &[&self.oid]).await?;
-        let count = &mut self.hot[usize::from(slice.round > 0)];
-        count.0 += hot.get::<_, i64>(0).unsigned_abs();
-        count.1 += hot.get::<_, i64>(1).unsigned_abs();
+        let updated = updated?;
         let next = self.cursor.after(slice, self.rounds_after());
         let walked = (next.ratio() * checkpoint.rows_estimate as f64) as i64;
         let units = (slice.high - slice.low) as u32;
         let size = next_pages(units, began.elapsed());
-        if !self.advance(&tx, ctx, next, walked, updated as i64, size, false).await? {
-            tx.rollback().await?;
-            self.begin(ctx, session, checkpoint, "the table was rewritten").await?;
-            return Ok(Batch::Committed { units: 0, scanned: 0, updated: 0, took: began.elapsed() });
-        }
         crate::fault::point("before-commit");
-        tx.commit().await?;
+        let (moved, committed) = tokio::join!(
+            biased;
+            self.advance(client, ctx, next, walked, updated as i64, size, false),
+            client.batch_execute("commit"),
+        );
+        let moved = moved?;
+        committed?;
         crate::fault::point("after-commit");
+        let Some((hot, all)) = moved else { return Ok(Attempt::Rewritten) };
+        let count = &mut self.hot[usize::from(slice.round > 0)];
+        count.0 += hot;
+        count.1 += all;
         if next.window != self.cursor.window {
             self.hot = [(0, 0); 2];
         }
@@ -169,7 +194,12 @@ impl HeapWalk {
         checkpoint.rows_updated += updated as i64;
         checkpoint.batches += 1;
         checkpoint.batch_rows = size as i32;
-        Ok(Batch::Committed { units, scanned: scanned as u32, updated: updated as u32, took: began.elapsed() })
+        Ok(Attempt::Committed(Batch::Committed {
+            units,
+            scanned: scanned as u32,
+            updated: updated as u32,
+            took: began.elapsed(),
+        }))
     }
 
     /// Rounds of the next window, from the HOT shares of this one.
@@ -179,19 +209,21 @@ impl HeapWalk {
         next_rounds(now, share(self.hot[0]), share(self.hot[1]))
     }
 
+    /// Moves the checkpoint. Gives the transaction's HOT updates and all its updates of the table; `None`: the table was
+    /// rewritten, the checkpoint stands where it was.
     #[expect(clippy::too_many_arguments, reason = "one value per column of the checkpoint")]
     async fn advance(
         &self,
-        tx: &tokio_postgres::Transaction<'_>,
+        client: &impl GenericClient,
         ctx: &Context,
         to: HeapCursor,
         walked: i64,
         updated: i64,
         size: u32,
         finished: bool,
-    ) -> Result<bool> {
-        let n = tx
-            .execute(
+    ) -> Result<Option<(u64, u64)>> {
+        let row = client
+            .query_opt(
                 &self.statements.advance,
                 &[
                     &ctx.spec.name,
@@ -209,7 +241,7 @@ impl HeapWalk {
                 ],
             )
             .await?;
-        Ok(n == 1)
+        Ok(row.map(|r| (r.get::<_, i64>(0).unsigned_abs(), r.get::<_, i64>(1).unsigned_abs())))
     }
 
     async fn finish(
@@ -223,7 +255,7 @@ impl HeapWalk {
         // Under a lock, as a batch: or a rewrite could come between the check and the commit.
         tx.batch_execute(&format!("lock table {} in row exclusive mode", ctx.facts.shape.target.sql())).await?;
         let size = checkpoint.batch_rows.unsigned_abs();
-        if !self.advance(&tx, ctx, self.cursor, checkpoint.rows_estimate, 0, size, true).await? {
+        if self.advance(&tx, ctx, self.cursor, checkpoint.rows_estimate, 0, size, true).await?.is_none() {
             tx.rollback().await?;
             self.begin(ctx, session, checkpoint, "the table was rewritten").await?;
             return Ok(Batch::Committed { units: 0, scanned: 0, updated: 0, took: Duration::ZERO });
@@ -280,7 +312,7 @@ impl HeapWalk {
         let tx = session.client.transaction().await?;
         lease::fence(&tx, &ctx.lease).await?;
         tx.batch_execute(&format!("lock table {} in row exclusive mode", ctx.facts.shape.target.sql())).await?;
-        if self.advance(&tx, ctx, next, checkpoint.rows_scanned, 0, 1, false).await? {
+        if self.advance(&tx, ctx, next, checkpoint.rows_scanned, 0, 1, false).await?.is_some() {
             tx.commit().await?;
             self.cursor = next;
         } else {
@@ -297,18 +329,18 @@ impl Statements {
         Ok(Self {
             fence: client.prepare(lease::FENCE).await?,
             fill: client.prepare(&heap_sql::fill(shape)).await?,
-            recheck: match heap_sql::recheck(shape) {
-                Some(sql) => Some(client.prepare(&sql).await?),
-                None => None,
-            },
-            hot: client
-                .prepare("select pg_stat_get_xact_tuples_hot_updated($1), pg_stat_get_xact_tuples_updated($1)")
-                .await?,
             advance: client.prepare(heap::ADVANCE).await?,
             unfilled: client.prepare(&heap_sql::unfilled(shape)).await?,
             fill_row: client.prepare(&heap_sql::fill_row(shape)).await?,
         })
     }
+}
+
+/// What became of one transaction.
+enum Attempt {
+    Committed(Batch),
+    NotRunning,
+    Rewritten,
 }
 
 /// A slice as statement parameters.

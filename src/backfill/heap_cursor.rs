@@ -8,6 +8,11 @@
 /// Pages of a window: 8 MB of 8 kB pages. It stays in the buffer cache from round to round, and a checkpoint of the server
 /// within it costs one more full-page image per page at most.
 pub const WINDOW_PAGES: u64 = 1024;
+/// Most pages of a batch: a quarter of a window, so that at least three other batches lie between two rounds over a page.
+/// Dead versions can be pruned only when no snapshot is older than their deletion; by the time we come back, short
+/// transactions of the application, and the batches of other lanes, are over. Measured with two lanes: 85% HOT updates
+/// and +17% heap with a quarter, 74% and +28% with batches as large as the window.
+pub const MAX_SLICE_PAGES: u32 = 256;
 /// Most rounds per window. Each costs a look at every row of the page; measured on rows of 300 bytes, 32 rounds write as
 /// much WAL as 16 and take 30% longer.
 pub const MAX_ROUNDS: u32 = 16;

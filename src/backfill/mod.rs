@@ -6,6 +6,7 @@
 pub mod batch;
 pub mod heap;
 pub mod heap_cursor;
+pub mod settle;
 pub mod sizer;
 pub mod walk;
 

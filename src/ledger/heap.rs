@@ -70,10 +70,11 @@ pub async fn put(client: &impl GenericClient, job: &str, lane: i32, place: &Heap
 
 /// Moves the checkpoint by one batch, provided that the table is still in the file that the pages count in; the batch's
 /// own lock keeps it there until the commit. Parameters: job, lane, file node, table's oid, window, block, round, rounds,
-/// rows walked so far, rows updated by this batch, size of the next batch in pages, finished. No row: the table was
-/// rewritten.
+/// rows walked so far, rows updated by this batch, size of the next batch in pages, finished. Gives this transaction's
+/// HOT updates and all its updates of the table; no row: the table was rewritten.
 pub const ADVANCE: &str =
     "update backfilld.checkpoint set heap_window = $5, heap_block = $6, heap_round = $7, heap_rounds = $8,
      rows_scanned = greatest(rows_scanned, $9), rows_updated = rows_updated + $10, batch_rows = $11, finished = $12,
      batches = batches + 1, updated_at = clock_timestamp()
-     where job = $1 and lane = $2 and filenode = $3 and pg_relation_filenode($4::oid) = $3";
+     where job = $1 and lane = $2 and filenode = $3 and pg_relation_filenode($4::oid) = $3
+     returning pg_stat_get_xact_tuples_hot_updated($4::oid), pg_stat_get_xact_tuples_updated($4::oid)";

@@ -109,16 +109,15 @@ pub fn recheck(shape: &Shape, range: &str) -> Option<String> {
         .iter()
         .map(|c| format!("{0} = case when {1} is not null then t.{0} end", c.name.sql(), shape.scalar(c, "t")))
         .collect();
-    let stale: Vec<String> = columns
-        .iter()
-        .map(|c| format!("(t.{} is not null and {} is null)", c.name.sql(), shape.scalar(c, "t")))
-        .collect();
-    Some(format!(
-        "update {} as t set {}\nwhere {range}\n  and ({})",
-        shape.target.sql(),
-        set.join(", "),
-        stale.join(" or ")
-    ))
+    Some(format!("update {} as t set {}\nwhere {range}\n  and ({})", shape.target.sql(), set.join(", "), stale(shape)))
+}
+
+/// Whether a row has a value although its source has none, as a condition on `t`.
+pub fn stale(shape: &Shape) -> String {
+    let columns = shape.columns.iter().filter(|c| c.nullable);
+    let stale: Vec<String> =
+        columns.map(|c| format!("(t.{} is not null and {} is null)", c.name.sql(), shape.scalar(c, "t"))).collect();
+    stale.join(" or ")
 }
 
 fn typed_scalar(shape: &Shape, column: &ColumnShape) -> String {

@@ -20,9 +20,21 @@ pub fn fill(shape: &Shape) -> String {
     batch_sql::fill(shape, SLICE)
 }
 
-/// See [`batch_sql::recheck`].
-pub fn recheck(shape: &Shape) -> Option<String> {
-    batch_sql::recheck(shape, SLICE)
+/// The pages of a chunk, as a condition on `t`. Parameters: first page and page behind the last as TIDs (`text`).
+pub const PAGES: &str = "t.ctid >= ($1::text)::tid and t.ctid < ($2::text)::tid";
+
+/// Two statements, for one transaction, that take back what [`fill`] wrote where the source had become NULL by the time
+/// the row was locked; see [`batch_sql::recheck`], which says when that can be. It cannot be done in the batch: rows that
+/// moved are not in its slice any more. The first locks such rows, so that nobody changes them meanwhile; the second, with a newer
+/// snapshot, looks at their source again (I2). `None` where it cannot happen.
+pub fn settle(shape: &Shape) -> Option<[String; 2]> {
+    let clear = batch_sql::recheck(shape, PAGES)?;
+    let lock = format!(
+        "select 1 from {} as t\nwhere {PAGES}\n  and ({})\nfor no key update of t",
+        shape.target.sql(),
+        batch_sql::stale(shape)
+    );
+    Some([lock, clear])
 }
 
 /// TID and key, as text, of the unfilled rows of a slice.

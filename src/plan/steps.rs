@@ -100,7 +100,7 @@ pub fn backfill(spec: &JobSpec, facts: &Facts) -> Step {
             sql.extend(recheck);
             sql
         }
-        Walk::Heap => std::iter::once(heap_sql::fill(shape)).chain(heap_sql::recheck(shape)).collect(),
+        Walk::Heap => vec![heap_sql::fill(shape)],
     };
     let replica = if spec.side_effects.triggers == Some(TriggerMode::Skip) {
         "; session_replication_role = replica, so that the application's triggers do not fire"

@@ -32,6 +32,8 @@ pub struct Proof {
 
 /// Kind of the finding that counts source rows without a legal value.
 pub const UNUSABLE_SOURCES: &str = "unusable_sources";
+/// Kind of the finding that counts rows with another value than their source.
+pub const DRIFT: &str = "drift";
 /// Kind of the finding that counts quarantined rows.
 pub const QUARANTINED: &str = "quarantined";
 

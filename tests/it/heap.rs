@@ -108,3 +108,41 @@ async fn most_updates_find_room_on_their_page() {
     let hot = ledger.number(&format!("select 100 * n_tup_hot_upd / n_tup_upd {stat}")).await;
     assert!(hot >= 70, "{hot}% of the updates were HOT");
 }
+
+/// Where NULL is a legal value, a batch can write the value of a source that becomes NULL before the row is locked. What
+/// that leaves is planted here: only the daemon's login can write it.
+#[tokio::test]
+async fn a_value_whose_source_became_null_meanwhile_is_taken_back_before_the_flip() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(ROWS)).await);
+    let ledger = Ledger::new(&db).await;
+    let dedicated = || Cli::new(&db).env("BACKFILLD_DATABASE__DEDICATED_LOGIN", "true");
+    job.replace("not_null = true", "not_null = false");
+    job.edit("job.toml", |text| {
+        let (head, tail) = text.split_once("[[agree]]").expect("the shipped job has it");
+        let (_, tail) = tail.split_once("[side_effects]").expect("the shipped job has it");
+        format!("{head}[side_effects]{tail}")
+    });
+    let chosen = "(select conversation_id from public.messages order by id limit 1)";
+    ledger.run(&format!("update public.conversations set auth_user_id = null where id = {chosen}")).await;
+    let ended = dedicated().env("BACKFILLD_FAULT", "after-phase:3").run(&["run", "--once", job.path()]).await;
+    assert_eq!(ended.code, None, "{ended:#?}");
+    assert_eq!(ledger.phase().await, "verify");
+    let planted = db
+        .client(backfilld::demo::sample::DAEMON)
+        .await
+        .execute(
+            &format!(
+                "update public.messages set auth_user_id = (select id from auth.users limit 1)
+                 where conversation_id = {chosen}"
+            ),
+            &[],
+        )
+        .await
+        .expect("exempt from the trigger");
+    assert_eq!((planted as i64, planted > 0), (ledger.drift().await, true));
+    dedicated().run(&["run", "--once", job.path()]).await.expect(0, "done");
+    assert_eq!(ledger.drift().await, 0);
+    let settled =
+        ledger.number("select sum((detail ->> 'rows')::int8)::int8 from backfilld.event where kind = 'settled'");
+    assert_eq!(settled.await, planted as i64);
+}
