@@ -32,6 +32,8 @@ pub enum Batch {
     End,
     /// The job's status is no longer `running`; nothing was done.
     NotRunning,
+    /// The table was rewritten; the checkpoint counts pages of a file that is gone, and has not moved.
+    Rewritten,
 }
 
 /// Where an attempt failed, so that the caller can put a single row aside.

@@ -7,24 +7,40 @@ use tokio_postgres::{Client, GenericClient, Statement};
 use tracing::{info, warn};
 
 use super::batch::{Batch, Failed};
-use super::heap_cursor::{HeapCursor, MAX_SLICE_PAGES, Slice, initial_rounds, next_rounds};
+use super::heap_cursor::{HOT_WORKS, HeapCursor, MAX_SLICE_PAGES, Slice, Steering, initial_rounds};
+use super::horizon::{self, Holder};
 use crate::context::Context;
 use crate::error::{Error, Result, Retry};
-use crate::ledger::checkpoint::{self, Checkpoint};
+use crate::ledger::checkpoint::Checkpoint;
 use crate::ledger::heap::{self, HeapPlace};
 use crate::ledger::{event, lease};
 use crate::pg::connect::Session;
 use crate::phase::Status;
 use crate::plan::heap_sql;
 
-/// A walk in heap order, with its statements prepared.
+/// Updates in later rounds from which their share of HOT ones means something.
+const ENOUGH_UPDATES: u64 = 200;
+/// How often a holder of an old snapshot is looked after while it is waited for.
+const HORIZON_POLL: Duration = Duration::from_secs(1);
+
+/// One lane of a walk in heap order, with its statements prepared.
 pub struct HeapWalk {
     statements: Statements,
+    lane: i32,
     filenode: u32,
     cursor: HeapCursor,
     oid: u32,
+    steering: Steering,
     /// HOT and all updates in the first round and in the others of the current window.
     hot: [(u64, u64); 2],
+    /// The server's counts of HOT and all updates as they were after the last batch.
+    counted: (u64, u64),
+    /// Transaction of the window's first batch.
+    since: Option<String>,
+    /// Who keeps dead versions from being pruned, and was not worth more waiting.
+    held_by: Option<Holder>,
+    /// Whether this window was looked at for that.
+    asked: bool,
 }
 
 struct Statements {
@@ -36,64 +52,33 @@ struct Statements {
 }
 
 impl HeapWalk {
-    /// Goes on where the checkpoint stands, or begins a sweep.
+    /// A lane that goes on at `place`.
     ///
     /// # Errors
-    /// Database errors, lease lost.
-    pub async fn open(ctx: &Context, session: &mut Session, checkpoint: &mut Checkpoint) -> Result<Self> {
-        let statements = Statements::prepare(ctx, &session.client).await?;
-        let oid = ctx.facts.target.oid;
-        let found = heap::find(&session.client, ctx.job(), 0).await?;
-        let mut walk = Self { statements, filenode: 0, cursor: HeapCursor::new(0, 1), oid, hot: [(0, 0); 2] };
-        match found {
-            Some(place) if place.filenode == filenode(&session.client, oid).await? => walk.take(place),
-            Some(_) => walk.begin(ctx, session, checkpoint, "the table was rewritten").await?,
-            None => walk.begin(ctx, session, checkpoint, "new sweep").await?,
-        }
-        Ok(walk)
-    }
-
-    /// Begins at the first page, with the table's present size as bound: rows that come later are the triggers' affair.
-    async fn begin(
-        &mut self,
-        ctx: &Context,
-        session: &mut Session,
-        checkpoint: &mut Checkpoint,
-        why: &str,
-    ) -> Result<()> {
-        let tx = session.client.transaction().await?;
-        lease::fence(&tx, &ctx.lease).await?;
-        let row = tx
-            .query_one(
-                "select pg_relation_filenode($1::oid), pg_relation_size($1::oid) / current_setting('block_size')::int8,
-                        greatest(reltuples, 0)::float8 / greatest(relpages, 1) from pg_class where oid = $1::oid",
-                &[&self.oid],
-            )
-            .await?;
-        let bound = row.get::<_, i64>(1).unsigned_abs();
-        let rounds = initial_rounds(row.get(2));
-        self.filenode = row.get(0);
-        self.cursor = HeapCursor::new(bound, rounds);
-        checkpoint.strategy = "heap".into();
-        checkpoint.finished = false;
-        checkpoint::put(&tx, ctx.job(), 0, checkpoint).await?;
-        heap::put(&tx, ctx.job(), 0, &self.place()).await?;
-        let detail = serde_json::json!({ "why": why, "pages": bound, "rounds": rounds });
-        event::record(&tx, ctx.job(), "heap_sweep", detail).await?;
-        tx.commit().await?;
-        info!(job = ctx.job(), pages = bound, rounds, "walking in heap order: {why}");
-        Ok(())
-    }
-
-    fn take(&mut self, p: HeapPlace) {
-        self.filenode = p.filenode;
-        self.cursor = HeapCursor { window: p.window, block: p.block, round: p.round, rounds: p.rounds, bound: p.bound };
-    }
-
-    fn place(&self) -> HeapPlace {
-        let c = self.cursor;
-        let (window, block, round, rounds, bound) = (c.window, c.block, c.round, c.rounds, c.bound);
-        HeapPlace { filenode: self.filenode, window, block, round, rounds, bound }
+    /// What the server says about the job's expressions.
+    pub async fn open(ctx: &Context, session: &Session, lane: i32, place: HeapPlace, rows: i64) -> Result<Self> {
+        let p = place;
+        let rows_per_page = rows as f64 / (p.bound - p.start).max(1) as f64;
+        Ok(Self {
+            statements: Statements::prepare(ctx, &session.client).await?,
+            lane,
+            filenode: p.filenode,
+            cursor: HeapCursor {
+                window: p.window,
+                block: p.block,
+                round: p.round,
+                rounds: p.rounds,
+                start: p.start,
+                bound: p.bound,
+            },
+            oid: ctx.facts.target.oid,
+            steering: Steering::new(initial_rounds(rows_per_page)),
+            hot: [(0, 0); 2],
+            counted: (0, 0),
+            since: None,
+            held_by: None,
+            asked: false,
+        })
     }
 
     /// Share of the sweep that is done, 0 to 1.
@@ -102,9 +87,9 @@ impl HeapWalk {
     }
 
     /// Most pages of a batch, so that it locks at most `rows` rows.
-    pub fn most_pages(&self, ctx: &Context, rows: u32) -> u32 {
-        let pages = self.cursor.bound.max(1) as f64;
-        let per_page = (f64::from(ctx.facts.target.rows_estimate.max(1.0)) / pages).max(1.0);
+    pub fn most_pages(&self, checkpoint: &Checkpoint, rows: u32) -> u32 {
+        let pages = (self.cursor.bound - self.cursor.start).max(1) as f64;
+        let per_page = (checkpoint.rows_estimate as f64 / pages).max(1.0);
         (f64::from(rows) * f64::from(self.cursor.rounds) / per_page).clamp(1.0, f64::from(MAX_SLICE_PAGES)) as u32
     }
 
@@ -130,12 +115,12 @@ impl HeapWalk {
             let _ = session.client.batch_execute("rollback").await;
         }
         match attempt.map_err(|error| Failed { error, range: Some((Vec::new(), (slice.high - slice.low) as u32)) })? {
-            Attempt::Committed(batch) => Ok(batch),
-            Attempt::NotRunning => Ok(Batch::NotRunning),
-            Attempt::Rewritten => {
-                self.begin(ctx, session, checkpoint, "the table was rewritten").await?;
-                Ok(Batch::Committed { units: 0, scanned: 0, updated: 0, took: began.elapsed() })
+            Attempt::Committed(batch) => {
+                self.look_for_holder(ctx, &session.client).await?;
+                Ok(batch)
             }
+            Attempt::NotRunning => Ok(Batch::NotRunning),
+            Attempt::Rewritten => Ok(Batch::Rewritten),
         }
     }
 
@@ -168,7 +153,8 @@ impl HeapWalk {
             return Ok(Attempt::NotRunning);
         }
         let updated = updated?;
-        let next = self.cursor.after(slice, self.rounds_after());
+        let rounds = self.rounds_after(slice);
+        let next = self.cursor.after(slice, rounds);
         let walked = (next.ratio() * checkpoint.rows_estimate as f64) as i64;
         let units = (slice.high - slice.low) as u32;
         let size = next_pages(units, began.elapsed());
@@ -181,12 +167,18 @@ impl HeapWalk {
         let moved = moved?;
         committed?;
         crate::fault::point("after-commit");
-        let Some((hot, all)) = moved else { return Ok(Attempt::Rewritten) };
-        let count = &mut self.hot[usize::from(slice.round > 0)];
-        count.0 += hot;
-        count.1 += all;
+        let Some(Moved { hot, all, xid }) = moved else { return Ok(Attempt::Rewritten) };
+        self.since.get_or_insert(xid);
+        if let Some(hot) = hot_of_batch(self.counted, (hot, all), updated) {
+            let count = &mut self.hot[usize::from(slice.round > 0)];
+            count.0 += hot;
+            count.1 += updated;
+        }
+        self.counted = (hot, all);
         if next.window != self.cursor.window {
             self.hot = [(0, 0); 2];
+            self.asked = false;
+            self.since = self.since.take().filter(|_| self.held_by.is_some());
         }
         let scanned = (walked - checkpoint.rows_scanned).max(0);
         self.cursor = next;
@@ -203,14 +195,62 @@ impl HeapWalk {
     }
 
     /// Rounds of the next window, from the HOT shares of this one.
-    fn rounds_after(&self) -> u32 {
+    fn rounds_after(&mut self, slice: Slice) -> u32 {
+        let ends_window = self.cursor.after(slice, 1).window != self.cursor.window;
+        if !ends_window {
+            return self.cursor.rounds;
+        }
         let share = |(hot, all): (u64, u64)| (all > 0).then(|| hot as f64 / all as f64);
         let now = self.cursor.rounds;
-        next_rounds(now, share(self.hot[0]), share(self.hot[1]))
+        self.steering.next(now, share(self.hot[0]), share(self.hot[1]), self.held_by.is_some())
     }
 
-    /// Moves the checkpoint. Gives the transaction's HOT updates and all its updates of the table; `None`: the table was
-    /// rewritten, the checkpoint stands where it was.
+    /// Where the rounds after the first find no room: looks who keeps dead versions from being pruned, says so, and waits a
+    /// while. Who stays longer than that is not waited for again; it is looked after once per window.
+    async fn look_for_holder(&mut self, ctx: &Context, client: &Client) -> Result<()> {
+        let Some(since) = self.since.clone() else { return Ok(()) };
+        let (hot, all) = self.hot[1];
+        let fails = all >= ENOUGH_UPDATES && (hot as f64) < HOT_WORKS * all as f64;
+        if self.asked || !(fails || self.held_by.is_some()) {
+            return Ok(());
+        }
+        self.asked = true;
+        let known = self.held_by.take();
+        let Some(holder) = horizon::holder(client, &since).await? else { return Ok(()) };
+        if known.as_ref() == Some(&holder) {
+            self.held_by = known;
+            return Ok(());
+        }
+        let what = &holder.what;
+        let patience = ctx.spec.batching.horizon_wait;
+        warn!(
+            job = ctx.job(),
+            patience_s = patience.as_secs(),
+            "dead row versions cannot be pruned because of {what}; waiting"
+        );
+        let began = Instant::now();
+        while began.elapsed() < patience {
+            ctx.progress.update(|p| p.note = format!("waiting for {what}, which keeps dead rows from being pruned"));
+            ctx.pause(HORIZON_POLL.min(patience)).await?;
+            if horizon::holder(client, &since).await?.is_none_or(|h| h != holder) {
+                info!(job = ctx.job(), waited_ms = began.elapsed().as_millis() as u64, "the old snapshot is gone");
+                return Ok(());
+            }
+            if ctx.status().await? != Status::Running {
+                return Ok(());
+            }
+        }
+        warn!(
+            job = ctx.job(),
+            "going on in single rounds in spite of {what}: every row moves, with an entry in each index, and the table grows"
+        );
+        let detail = serde_json::json!({ "holder": what, "waited_ms": began.elapsed().as_millis() as u64 });
+        event::record(client, ctx.job(), "horizon", detail).await?;
+        self.held_by = Some(holder);
+        Ok(())
+    }
+
+    /// Moves the checkpoint. `None`: the table was rewritten, the checkpoint stands where it was.
     #[expect(clippy::too_many_arguments, reason = "one value per column of the checkpoint")]
     async fn advance(
         &self,
@@ -221,13 +261,13 @@ impl HeapWalk {
         updated: i64,
         size: u32,
         finished: bool,
-    ) -> Result<Option<(u64, u64)>> {
+    ) -> Result<Option<Moved>> {
         let row = client
             .query_opt(
                 &self.statements.advance,
                 &[
                     &ctx.spec.name,
-                    &0i32,
+                    &self.lane,
                     &self.filenode,
                     &self.oid,
                     &(to.window as i64),
@@ -241,7 +281,12 @@ impl HeapWalk {
                 ],
             )
             .await?;
-        Ok(row.map(|r| (r.get::<_, i64>(0).unsigned_abs(), r.get::<_, i64>(1).unsigned_abs())))
+        let row = row.ok_or_else(|| lease::lost(ctx.job()))?;
+        Ok(row.get::<_, bool>(0).then(|| Moved {
+            hot: row.get::<_, i64>(1).unsigned_abs(),
+            all: row.get::<_, i64>(2).unsigned_abs(),
+            xid: row.get(3),
+        }))
     }
 
     async fn finish(
@@ -257,8 +302,7 @@ impl HeapWalk {
         let size = checkpoint.batch_rows.unsigned_abs();
         if self.advance(&tx, ctx, self.cursor, checkpoint.rows_estimate, 0, size, true).await?.is_none() {
             tx.rollback().await?;
-            self.begin(ctx, session, checkpoint, "the table was rewritten").await?;
-            return Ok(Batch::Committed { units: 0, scanned: 0, updated: 0, took: Duration::ZERO });
+            return Ok(Batch::Rewritten);
         }
         tx.commit().await?;
         checkpoint.finished = true;
@@ -288,8 +332,8 @@ impl HeapWalk {
             match tx.execute(&self.statements.fill_row, &[&tid]).await.map_err(Error::from) {
                 Ok(updated) => {
                     tx.execute(
-                        "update backfilld.checkpoint set rows_updated = rows_updated + $2 where job = $1 and lane = 0",
-                        &[&ctx.spec.name, &(updated as i64)],
+                        "update backfilld.checkpoint set rows_updated = rows_updated + $2 where job = $1 and lane = $3",
+                        &[&ctx.spec.name, &(updated as i64), &self.lane],
                     )
                     .await?;
                     tx.commit().await?;
@@ -336,6 +380,26 @@ impl Statements {
     }
 }
 
+/// HOT updates of a batch of `updated` rows, from the server's counts of HOT and all updates before and after it. They
+/// go on from one transaction to the next until the server has reported them, about once a second, and then begin at zero;
+/// `None`: neither explains them.
+fn hot_of_batch(before: (u64, u64), after: (u64, u64), updated: u64) -> Option<u64> {
+    if before.1 + updated == after.1 && before.0 <= after.0 {
+        return Some(after.0 - before.0);
+    }
+    (after.1 == updated).then_some(after.0)
+}
+
+/// What the server says when the checkpoint has moved.
+struct Moved {
+    /// HOT updates of the table since this backend last reported its statistics.
+    hot: u64,
+    /// All updates since then.
+    all: u64,
+    /// The transaction.
+    xid: String,
+}
+
 /// What became of one transaction.
 enum Attempt {
     Committed(Batch),
@@ -366,9 +430,15 @@ impl Bounds {
     }
 }
 
-async fn filenode(client: &Client, oid: u32) -> Result<u32> {
-    let row = client
-        .query_opt("select pg_relation_filenode($1::oid) where pg_relation_filenode($1::oid) is not null", &[&oid])
-        .await?;
-    row.map(|r| r.get(0)).ok_or_else(|| Error::refused("the target table is gone"))
+#[cfg(test)]
+mod tests {
+    use super::hot_of_batch;
+
+    #[test]
+    fn counts_that_go_on_or_begin_anew_give_the_batchs_own() {
+        assert_eq!(hot_of_batch((0, 0), (0, 20), 20), Some(0));
+        assert_eq!(hot_of_batch((0, 20), (18, 40), 20), Some(18));
+        assert_eq!(hot_of_batch((18, 40), (19, 20), 20), Some(19), "reported meanwhile");
+        assert_eq!(hot_of_batch((18, 40), (30, 55), 20), None);
+    }
 }

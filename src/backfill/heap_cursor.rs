@@ -13,6 +13,8 @@ pub const WINDOW_PAGES: u64 = 1024;
 /// transactions of the application, and the batches of other lanes, are over. Measured with two lanes: 85% HOT updates
 /// and +17% heap with a quarter, 74% and +28% with batches as large as the window.
 pub const MAX_SLICE_PAGES: u32 = 256;
+/// Fewest pages of a lane.
+const LEAST_LANE_PAGES: u64 = 16;
 /// Most rounds per window. Each costs a look at every row of the page; measured on rows of 300 bytes, 32 rounds write as
 /// much WAL as 16 and take 30% longer.
 pub const MAX_ROUNDS: u32 = 16;
@@ -28,7 +30,10 @@ pub struct HeapCursor {
     pub round: u32,
     /// Rounds of this window; a power of two.
     pub rounds: u32,
-    /// Pages to walk: the size of the table when the sweep began, after the sync triggers were in place.
+    /// First page of the walk.
+    pub start: u64,
+    /// Behind its last page. For the last lane that is the size of the table when the sweep began, after the sync triggers
+    /// were in place.
     pub bound: u64,
 }
 
@@ -46,9 +51,9 @@ pub struct Slice {
 }
 
 impl HeapCursor {
-    /// A walk over `bound` pages that begins with `rounds` rounds per window.
-    pub fn new(bound: u64, rounds: u32) -> Self {
-        Self { window: 0, block: 0, round: 0, rounds: rounds_limit(rounds), bound }
+    /// A walk over the pages from `start` up to but without `bound` that begins with `rounds` rounds per window.
+    pub fn new(start: u64, bound: u64, rounds: u32) -> Self {
+        Self { window: start, block: start, round: 0, rounds: rounds_limit(rounds), start, bound }
     }
 
     fn window_end(&self) -> u64 {
@@ -78,7 +83,7 @@ impl HeapCursor {
                 block: self.window_end(),
                 round: 0,
                 rounds: rounds_limit(next_rounds),
-                bound: self.bound,
+                ..*self
             };
         }
         next
@@ -86,12 +91,12 @@ impl HeapCursor {
 
     /// Share of the walk that is done, 0 to 1.
     pub fn ratio(&self) -> f64 {
-        if self.bound == 0 || self.window >= self.bound {
+        if self.window >= self.bound {
             return 1.0;
         }
         let pages = (self.window_end() - self.window) as f64;
         let inside = (f64::from(self.round) * pages + (self.block - self.window) as f64) / f64::from(self.rounds);
-        (self.window as f64 + inside) / self.bound as f64
+        ((self.window - self.start) as f64 + inside) / (self.bound - self.start) as f64
     }
 }
 
@@ -105,16 +110,57 @@ pub fn initial_rounds(rows_per_page: f64) -> u32 {
     rounds_limit((rows_per_page / 2.0).clamp(1.0, f64::from(MAX_ROUNDS)).round() as u32)
 }
 
-/// Rounds of the next window, from the share of HOT updates (0 to 1) in the first round and in the others of this one;
-/// `None`: no rows were updated there.
-///
-/// Room on the pages from the start (fillfactor, dead rows that were pruned) needs fewer rounds. If later rounds find no
-/// room although the first made some, an old snapshot keeps the dead versions from being pruned: then rounds only cost.
-pub fn next_rounds(rounds: u32, first: Option<f64>, others: Option<f64>) -> u32 {
-    match (first, others) {
-        (Some(first), _) if first > 0.9 => rounds_limit(rounds / 2),
-        (Some(first), Some(others)) if first < 0.5 && others < 0.4 => 1,
-        _ => rounds,
+/// The pages of lane `lane` of `lanes` over a table of `pages` pages: first, and behind the last.
+pub fn lane_range(pages: u64, lanes: u32, lane: u32) -> (u64, u64) {
+    let at = |i: u32| (u128::from(pages) * u128::from(i) / u128::from(lanes.max(1))) as u64;
+    (at(lane), at(lane + 1))
+}
+
+/// How many of `wanted` lanes a table of this size gets: each has at least as many pages as a small batch.
+pub fn lanes_for(pages: u64, wanted: u32) -> u32 {
+    (pages / LEAST_LANE_PAGES).clamp(1, u64::from(wanted.max(1))) as u32
+}
+
+/// Share of HOT updates below which the rounds after the first do not work.
+pub const HOT_WORKS: f64 = 0.4;
+
+/// Chooses the rounds of the next window from what was seen in this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Steering {
+    /// Where the table's density suggests to begin.
+    initial: u32,
+    /// Fewer than this were tried and left too little room.
+    floor: u32,
+}
+
+impl Steering {
+    /// Begins with `initial` rounds.
+    pub fn new(initial: u32) -> Self {
+        Self { initial: rounds_limit(initial), floor: 1 }
+    }
+
+    /// Rounds of the next window. `first`, `others`: the share of HOT updates (0 to 1) in the first round and in the others
+    /// of a window of `rounds`; `None`: no rows were updated there. `held`: somebody's old snapshot keeps dead versions from being
+    /// pruned.
+    ///
+    /// Room on the pages from the start (fillfactor, dead rows that were pruned) needs fewer rounds. Where the later rounds
+    /// find too little, they take too much at once. While nothing can be pruned, rounds only cost.
+    pub fn next(&mut self, rounds: u32, first: Option<f64>, others: Option<f64>, held: bool) -> u32 {
+        if held {
+            return 1;
+        }
+        match (first, others) {
+            (Some(first), _) if first > 0.9 && rounds / 2 >= self.floor => rounds_limit(rounds / 2),
+            (Some(first), None) if rounds == 1 && first <= 0.9 => {
+                self.floor = self.floor.max(2);
+                self.initial
+            }
+            (_, Some(others)) if others < 0.7 && rounds < MAX_ROUNDS => {
+                self.floor = self.floor.max(rounds * 2);
+                rounds_limit(rounds * 2)
+            }
+            _ => rounds,
+        }
     }
 }
 
@@ -126,16 +172,18 @@ mod tests {
     proptest! {
         #[test]
         fn every_page_is_taken_once_per_residue(
-            bound in 0u64..5_000,
+            start in 0u64..3_000,
+            pages in 0u64..5_000,
             sizes in prop::collection::vec(1u32..700, 1..20),
             rounds in prop::collection::vec(1u32..20, 1..6),
         ) {
-            let mut cursor = HeapCursor::new(bound, rounds[0]);
+            let bound = start + pages;
+            let mut cursor = HeapCursor::new(start, bound, rounds[0]);
             let mut seen = vec![0u64; bound as usize];
             let mut last = 0.0;
             for step in 0.. {
                 let Some(slice) = cursor.slice(sizes[step % sizes.len()]) else { break };
-                prop_assert!(slice.low < slice.high && slice.high <= bound);
+                prop_assert!(start <= slice.low && slice.low < slice.high && slice.high <= bound);
                 for page in slice.low..slice.high {
                     // A residue of modulus m stands for 16/m residues of modulus 16.
                     for residue in (0..MAX_ROUNDS).filter(|r| r % slice.rounds == slice.round) {
@@ -147,7 +195,7 @@ mod tests {
                 prop_assert!(cursor.ratio() > last);
                 last = cursor.ratio();
             }
-            prop_assert!(seen.iter().all(|s| *s == 0xffff));
+            prop_assert!(seen[start as usize..].iter().all(|s| *s == 0xffff));
             prop_assert_eq!(cursor.ratio(), 1.0);
         }
     }
@@ -158,9 +206,25 @@ mod tests {
         assert_eq!(initial_rounds(4.0), 2);
         assert_eq!(initial_rounds(0.5), 1);
         assert_eq!(initial_rounds(120.0), 16);
-        assert_eq!(next_rounds(16, Some(0.95), Some(1.0)), 8);
-        assert_eq!(next_rounds(16, Some(0.1), Some(0.95)), 16);
-        assert_eq!(next_rounds(16, Some(0.1), Some(0.1)), 1);
-        assert_eq!(next_rounds(1, Some(0.0), None), 1);
+        let mut steering = Steering::new(16);
+        assert_eq!(steering.next(16, Some(0.95), Some(1.0), false), 8);
+        assert_eq!(steering.next(8, Some(0.3), Some(0.95), false), 8);
+        assert_eq!(steering.next(8, Some(0.1), Some(0.1), true), 1, "nothing can be pruned");
+        assert_eq!(steering.next(1, Some(0.1), None, true), 1);
+        assert_eq!(steering.next(1, Some(0.1), None, false), 16, "it can again");
+        assert_eq!(steering.next(4, Some(0.1), Some(0.5), false), 8);
+        assert_eq!(steering.next(8, Some(0.95), Some(0.9), false), 8, "four were too few");
+        assert_eq!(steering.next(16, None, None, false), 16);
+    }
+
+    #[test]
+    fn lanes_share_all_pages() {
+        for (pages, lanes) in [(0, 1), (1, 1), (70, 3), (1_000_003, 8)] {
+            let ranges: Vec<_> = (0..lanes).map(|i| lane_range(pages, lanes, i)).collect();
+            assert_eq!(ranges[0].0, 0);
+            assert_eq!(ranges[ranges.len() - 1].1, pages);
+            assert!(ranges.windows(2).all(|w| w[0].1 == w[1].0));
+        }
+        assert_eq!((lanes_for(0, 4), lanes_for(40, 4), lanes_for(1000, 4)), (1, 2, 4));
     }
 }

@@ -6,18 +6,22 @@
 pub mod batch;
 pub mod heap;
 pub mod heap_cursor;
+pub mod horizon;
 pub mod settle;
 pub mod sizer;
+pub mod sweep;
 pub mod walk;
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rand::RngExt;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::batch::{Batch, Failed};
 use self::sizer::Sizer;
-use self::walk::Walk;
+use self::walk::{Lane, Walk};
 use crate::context::{Context, Outcome};
 use crate::error::{Error, Kind, Result, Retry};
 use crate::job::spec::TriggerMode;
@@ -47,14 +51,90 @@ pub const BATCH_SETTINGS: &str = "set synchronous_commit = off; set plan_cache_m
 /// # Errors
 /// Lease lost, interrupted, connection lost; failed if rows cannot be updated and it is not for a retry to mend.
 pub async fn run(ctx: &Context) -> Result<Outcome> {
-    let mut session = connect(ctx).await?;
-    let mut checkpoint = start(ctx, &mut session).await?;
-    if checkpoint.finished {
-        return Ok(Outcome::Complete);
+    loop {
+        let mut session = connect(ctx).await?;
+        let checkpoint = start(ctx, &mut session).await?;
+        let mut lanes = walk::lanes(ctx, session, checkpoint).await?;
+        let team = Team::new(&lanes);
+        let members = &team;
+        let runs = lanes.iter_mut().enumerate().map(|(i, lane)| async move {
+            let limits = lane.walk.limits(ctx, &lane.checkpoint);
+            let end = Loop::new(ctx, limits, i, members).run(ctx, lane).await;
+            if !matches!(end, Ok(LaneEnd::Complete)) {
+                // The others end behind their batch.
+                members.stop.cancel();
+            }
+            end
+        });
+        let ends = futures_util::future::join_all(runs).await.into_iter().collect::<Result<Vec<_>>>()?;
+        if ends.contains(&LaneEnd::NotRunning) {
+            return Ok(Outcome::StatusChanged);
+        }
+        if !ends.contains(&LaneEnd::Rewritten) {
+            return Ok(Outcome::Complete);
+        }
     }
-    let mut walk = Walk::open(ctx, &mut session, &mut checkpoint).await?;
-    let limits = walk.limits(ctx, &checkpoint);
-    Loop::new(ctx, limits).run(ctx, &mut session, &mut walk, &mut checkpoint).await
+}
+
+/// Why a lane's loop ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LaneEnd {
+    /// Its range is walked.
+    Complete,
+    /// The job's status is no longer `running`.
+    NotRunning,
+    /// The table was rewritten: all lanes begin anew.
+    Rewritten,
+    /// Another lane stopped.
+    Stopped,
+}
+
+/// What the lanes share.
+struct Team {
+    /// Fires when one of them stops before its end.
+    stop: CancellationToken,
+    rows_estimate: i64,
+    sum: Mutex<Sum>,
+}
+
+struct Sum {
+    /// Rows scanned, rows updated, batches; by lane.
+    done: Vec<[i64; 3]>,
+    rate: Rate,
+    reported: Instant,
+}
+
+impl Team {
+    fn new(lanes: &[Lane]) -> Self {
+        Self {
+            stop: CancellationToken::new(),
+            rows_estimate: lanes.iter().map(|l| l.checkpoint.rows_estimate).sum(),
+            sum: Mutex::new(Sum {
+                done: lanes.iter().map(|l| done(&l.checkpoint)).collect(),
+                rate: Rate::new(Duration::from_secs(10)),
+                reported: Instant::now(),
+            }),
+        }
+    }
+
+    /// Notes how far a lane is. Gives the sums, rows per second, and whether it is time to say so.
+    fn note(&self, lane: usize, checkpoint: &Checkpoint) -> ([i64; 3], f64, bool) {
+        let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mine) = sum.done.get_mut(lane) {
+            *mine = done(checkpoint);
+        }
+        let all = sum.done.iter().fold([0; 3], |a, d| [a[0] + d[0], a[1] + d[1], a[2] + d[2]]);
+        let rate = sum.rate.observe(Instant::now(), all[0]);
+        let report = sum.reported.elapsed() > REPORT_EVERY;
+        if report {
+            sum.reported = Instant::now();
+        }
+        (all, rate, report)
+    }
+}
+
+fn done(c: &Checkpoint) -> [i64; 3] {
+    [c.rows_scanned, c.rows_updated, c.batches]
 }
 
 /// A session for batches: bounded waits, no application triggers if the job says so, fresh plans.
@@ -164,37 +244,38 @@ pub async fn begin_sweep(ctx: &Context) -> Result<i32> {
 }
 
 /// The state of the loop between two batches.
-struct Loop {
+struct Loop<'a> {
+    lane: usize,
+    team: &'a Team,
     sizer: Sizer,
     /// While a row that cannot be updated is being isolated: the size to use instead.
     isolating: Option<u32>,
-    rate: Rate,
     retries: u32,
     timeouts_at_floor: u32,
-    reported: Instant,
 }
 
-impl Loop {
-    fn new(ctx: &Context, (least, most, first): (u32, u32, u32)) -> Self {
+impl<'a> Loop<'a> {
+    fn new(ctx: &Context, (least, most, first): (u32, u32, u32), lane: usize, team: &'a Team) -> Self {
         Self {
+            lane,
+            team,
             sizer: Sizer::new(ctx.spec.batching.target_duration, least, most, first),
             isolating: None,
-            rate: Rate::new(Duration::from_secs(10)),
             retries: 0,
             timeouts_at_floor: 0,
-            reported: Instant::now(),
         }
     }
 
-    async fn run(
-        mut self,
-        ctx: &Context,
-        session: &mut Session,
-        walk: &mut Walk,
-        checkpoint: &mut Checkpoint,
-    ) -> Result<Outcome> {
+    async fn run(mut self, ctx: &Context, lane: &mut Lane) -> Result<LaneEnd> {
+        let Lane { session, walk, checkpoint } = lane;
+        if checkpoint.finished {
+            return Ok(LaneEnd::Complete);
+        }
         loop {
             ctx.check()?;
+            if self.team.stop.is_cancelled() {
+                return Ok(LaneEnd::Stopped);
+            }
             let rows = self.isolating.unwrap_or(self.sizer.rows());
             let isolating = self.isolating.is_some();
             let sizer = &mut self.sizer;
@@ -219,9 +300,10 @@ impl Loop {
                         sweep = checkpoint.sweep,
                         "the sweep reached its end"
                     );
-                    return Ok(Outcome::Complete);
+                    return Ok(LaneEnd::Complete);
                 }
-                Ok(Batch::NotRunning) => return Ok(Outcome::StatusChanged),
+                Ok(Batch::NotRunning) => return Ok(LaneEnd::NotRunning),
+                Ok(Batch::Rewritten) => return Ok(LaneEnd::Rewritten),
                 Err(failed) => self.failed(ctx, session, walk, checkpoint, failed).await?,
             }
         }
@@ -253,16 +335,17 @@ impl Loop {
             u64::from(scanned - updated.min(scanned)),
         );
         metrics::batch_size_target(ctx.job(), u64::from(self.sizer.rows()));
-        let rate = self.rate.observe(Instant::now(), checkpoint.rows_scanned);
-        let left = (checkpoint.rows_estimate - checkpoint.rows_scanned).max(0) as f64;
-        let ratio = checkpoint.rows_scanned as f64 / checkpoint.rows_estimate.max(1) as f64;
+        let ([rows_scanned, rows_updated, batches], rate, report) = self.team.note(self.lane, checkpoint);
+        let rows_estimate = self.team.rows_estimate;
+        let left = (rows_estimate - rows_scanned).max(0) as f64;
+        let ratio = rows_scanned as f64 / rows_estimate.max(1) as f64;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         metrics::progress(ctx.job(), ratio, (rate > 0.0).then(|| now + left / rate));
         ctx.progress.update(|p| {
-            p.rows_scanned = checkpoint.rows_scanned;
-            p.rows_updated = checkpoint.rows_updated;
-            p.rows_estimate = checkpoint.rows_estimate;
-            p.batches = checkpoint.batches;
+            p.rows_scanned = rows_scanned;
+            p.rows_updated = rows_updated;
+            p.rows_estimate = rows_estimate;
+            p.batches = batches;
             p.batch_rows = i64::from(self.sizer.rows());
             p.rows_per_second = rate;
             p.note = String::new();
@@ -274,15 +357,14 @@ impl Loop {
             duration_ms = took.as_millis() as u64,
             "batch"
         );
-        if self.reported.elapsed() > REPORT_EVERY {
-            self.reported = Instant::now();
+        if report {
             info!(
                 job = ctx.job(),
-                rows_scanned = checkpoint.rows_scanned,
-                rows_updated = checkpoint.rows_updated,
-                rows_estimate = checkpoint.rows_estimate,
+                rows_scanned,
+                rows_updated,
+                rows_estimate,
                 rows_per_second = rate as i64,
-                batch_rows = self.sizer.rows(),
+                batch_size = self.sizer.rows(),
                 "backfilling"
             );
         }

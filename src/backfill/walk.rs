@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::batch::{self, Batch, Failed, Statements};
 use super::heap::HeapWalk;
+use super::sweep;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::ledger::checkpoint::Checkpoint;
@@ -21,21 +22,42 @@ pub enum Walk {
     Heap(Box<HeapWalk>),
 }
 
-impl Walk {
-    /// Goes on where the checkpoint stands. An unfinished sweep keeps its kind; a new one takes the plan's.
-    ///
-    /// # Errors
-    /// Database errors, lease lost.
-    pub async fn open(ctx: &Context, session: &mut Session, checkpoint: &mut Checkpoint) -> Result<Self> {
-        match kind(ctx, checkpoint) {
-            steps::Walk::Keyset => {
-                checkpoint.strategy = "keyset".into();
-                Ok(Self::Keyset(Statements::prepare(&session.client, &ctx.facts.shape).await?))
-            }
-            steps::Walk::Heap => Ok(Self::Heap(Box::new(HeapWalk::open(ctx, session, checkpoint).await?))),
-        }
-    }
+/// One range of the table with all that it takes to fill it.
+pub struct Lane {
+    /// Its connection.
+    pub session: Session,
+    /// Its way through the range.
+    pub walk: Walk,
+    /// How far it is.
+    pub checkpoint: Checkpoint,
+}
 
+/// The lanes of the sweep that `checkpoint`, the first lane's, belongs to. An unfinished sweep keeps its kind; a new one
+/// takes the plan's.
+///
+/// # Errors
+/// Database errors, lease lost.
+pub async fn lanes(ctx: &Context, mut session: Session, mut checkpoint: Checkpoint) -> Result<Vec<Lane>> {
+    if kind(ctx, &checkpoint) == steps::Walk::Keyset {
+        checkpoint.strategy = "keyset".into();
+        let walk = Walk::Keyset(Statements::prepare(&session.client, &ctx.facts.shape).await?);
+        return Ok(vec![Lane { session, walk, checkpoint }]);
+    }
+    let places = sweep::lanes(ctx, &mut session, &checkpoint).await?;
+    let mut first = Some(session);
+    let mut out = Vec::new();
+    for (lane, place, checkpoint) in places {
+        let session = match first.take() {
+            Some(session) => session,
+            None => super::connect(ctx).await?,
+        };
+        let walk = HeapWalk::open(ctx, &session, lane, place, checkpoint.rows_estimate).await?;
+        out.push(Lane { session, walk: Walk::Heap(Box::new(walk)), checkpoint });
+    }
+    Ok(out)
+}
+
+impl Walk {
     /// Smallest, largest and first batch, in the walk's unit.
     pub fn limits(&self, ctx: &Context, checkpoint: &Checkpoint) -> (u32, u32, u32) {
         let b = &ctx.spec.batching;
@@ -43,7 +65,7 @@ impl Walk {
         match self {
             Self::Keyset(_) => (b.min_rows, b.max_rows, stored),
             Self::Heap(walk) => {
-                let most = walk.most_pages(ctx, b.max_rows);
+                let most = walk.most_pages(checkpoint, b.max_rows);
                 (1, most, if checkpoint.batches == 0 { INITIAL_PAGES } else { stored })
             }
         }

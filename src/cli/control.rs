@@ -64,7 +64,8 @@ async fn retry_quarantined(tx: &tokio_postgres::Transaction<'_>, row: &jobs::Job
     }
     ledger::checkpoint::clear_quarantine(tx, job).await?;
     tx.execute(
-        "update backfilld.checkpoint set sweep = 1, cursor = null, upper = null, finished = false where job = $1",
+        "update backfilld.checkpoint set sweep = 1, cursor = null, upper = null, finished = false, filenode = null
+         where job = $1",
         &[&job],
     )
     .await?;

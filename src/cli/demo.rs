@@ -135,7 +135,7 @@ async fn report(client: &Client, spec: &JobSpec) -> Result<DriveReport> {
         )
         .await?
         .get(0);
-    let done = checkpoint::find(client, &spec.name, 0).await?.ok_or_else(|| Error::internal("no checkpoint"))?;
+    let done = checkpoint::total(client, &spec.name).await?.ok_or_else(|| Error::internal("no checkpoint"))?;
     let facts = Facts::read(client, spec, true).await?;
     let verdict = Proof::new(spec, &facts).run(client, async |_| Ok(())).await?;
     let seconds: f64 = phases.iter().filter(|p| p.name == "backfill").map(|p| p.seconds).sum();

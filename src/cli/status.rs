@@ -93,11 +93,11 @@ pub async fn run(global: &Global, args: StatusArgs) -> Result<()> {
 
 async fn read(client: &Client, name: &str, history: i64) -> Result<JobStatus> {
     let job = jobs::get(client, name).await?;
-    let c = checkpoint::find(client, name, 0).await?;
+    let c = checkpoint::total(client, name).await?;
     let rate = client
         .query_opt(
-            "select rows_scanned / nullif(extract(epoch from updated_at - started_at), 0)::float8
-             from backfilld.checkpoint where job = $1 and lane = 0",
+            "select sum(rows_scanned) / nullif(extract(epoch from max(updated_at) - min(started_at)), 0)::float8
+             from backfilld.checkpoint where job = $1 having count(*) > 0",
             &[&name],
         )
         .await?

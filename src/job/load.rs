@@ -19,7 +19,6 @@ const NOT_IMPLEMENTED: &[(&str, &str)] = &[
     ("columns.exists", "columns that exist already"),
     ("columns.on_conflict", "columns that exist already"),
     ("constraints", "composite foreign keys that replace the triggers"),
-    ("batching.lanes", "several lanes"),
     ("side_effects.guard", "guards in the WHEN clause of the application's triggers"),
 ];
 

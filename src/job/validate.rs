@@ -213,6 +213,12 @@ fn batching(b: &Batching, out: &mut Vec<String>) {
     if b.pause > Duration::from_secs(3600) {
         out.push("batching.pause: expected at most 1h".into());
     }
+    if !(1..=8).contains(&b.lanes) {
+        out.push(format!("batching.lanes: expected 1 to 8, found {}", b.lanes));
+    }
+    if b.horizon_wait > Duration::from_secs(86_400) {
+        out.push("batching.horizon_wait: expected at most 1d".into());
+    }
     if b.min_rows == 0 || b.min_rows > b.initial_rows || b.initial_rows > b.max_rows || b.max_rows > 1_000_000 {
         out.push(format!(
             "batching: expected 1 <= min_rows <= initial_rows <= max_rows <= 1000000, found {} / {} / {}",

@@ -55,6 +55,50 @@ pub async fn find(client: &impl GenericClient, job: &str, lane: i32) -> Result<O
     }))
 }
 
+/// Removes all lanes but the first, which takes over what they had filled.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn fold(client: &impl GenericClient, job: &str) -> Result<()> {
+    client
+        .execute(
+            "with gone as (delete from backfilld.checkpoint where job = $1 and lane > 0
+                           returning rows_updated, rows_estimate, batches)
+             update backfilld.checkpoint as c set rows_updated = c.rows_updated + g.updated,
+               rows_estimate = c.rows_estimate + g.estimate, batches = c.batches + g.batches
+             from (select coalesce(sum(rows_updated), 0)::int8 as updated, coalesce(sum(rows_estimate), 0)::int8 as estimate,
+                          coalesce(sum(batches), 0)::int8 as batches from gone) as g
+             where c.job = $1 and c.lane = 0",
+            &[&job],
+        )
+        .await?;
+    Ok(())
+}
+
+/// The checkpoint of all lanes together: sums, and the first lane's rest. `None` before the backfill began.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn total(client: &impl GenericClient, job: &str) -> Result<Option<Checkpoint>> {
+    let Some(first) = find(client, job, 0).await? else { return Ok(None) };
+    let row = client
+        .query_one(
+            "select sum(rows_scanned)::int8, sum(rows_updated)::int8, sum(batches)::int8, sum(rows_estimate)::int8,
+                    bool_and(finished)
+             from backfilld.checkpoint where job = $1",
+            &[&job],
+        )
+        .await?;
+    Ok(Some(Checkpoint {
+        rows_scanned: row.get(0),
+        rows_updated: row.get(1),
+        batches: row.get(2),
+        rows_estimate: row.get(3),
+        finished: row.get(4),
+        ..first
+    }))
+}
+
 /// Writes a lane's checkpoint whole: at the start of a sweep.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 pub const MIGRATIONS: &[(i32, &str, &str)] = &[
     (1, "0001_ledger.sql", include_str!("../../migrations/0001_ledger.sql")),
     (2, "0002_heap_cursor.sql", include_str!("../../migrations/0002_heap_cursor.sql")),
+    (3, "0003_lanes.sql", include_str!("../../migrations/0003_lanes.sql")),
 ];
 
 /// Key of the advisory lock under which migrations run: "backfill" in ASCII.

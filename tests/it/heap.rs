@@ -1,5 +1,7 @@
 //! The walk in heap order: every row once, whatever happens to the table meanwhile.
 
+use backfilld::demo::sample::APP_OWNER;
+
 use crate::killed::{ROWS, checkpoint_is_right, is_complete, run_through};
 use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, wait_until};
 
@@ -145,4 +147,75 @@ async fn a_value_whose_source_became_null_meanwhile_is_taken_back_before_the_fli
     let settled =
         ledger.number("select sum((detail ->> 'rows')::int8)::int8 from backfilld.event where kind = 'settled'");
     assert_eq!(settled.await, planted as i64);
+}
+
+#[tokio::test]
+async fn several_lanes_killed_again_and_again_fill_every_row_once() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(6000)).await);
+    job.replace("strategy = \"heap\"", "strategy = \"heap\"\nlanes = 3");
+    let ledger = Ledger::new(&db).await;
+    let mut look = async || {
+        let counted = "select coalesce(sum(rows_updated), 0)::int8 from backfilld.checkpoint";
+        let filled = "select count(auth_user_id) from public.messages";
+        assert_eq!(ledger.number(counted).await, ledger.number(filled).await);
+    };
+    let killed = run_through(&db, &["run", "--once", job.path()], "after-commit:30", &mut look).await;
+    assert!(killed >= 3, "{killed}");
+    assert!(ledger.is("select count(*) > 1 from backfilld.checkpoint").await);
+    assert_eq!(sweeps(&ledger).await, 1);
+    is_complete(&db, &ledger).await;
+}
+
+#[tokio::test]
+async fn several_lanes_begin_anew_together_when_the_table_is_rewritten() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(6000)).await);
+    job.replace("strategy = \"heap\"", "strategy = \"heap\"\nlanes = 2\npause = \"20ms\"");
+    let ledger = Ledger::new(&db).await;
+    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
+    wait_until("both lanes work", async || {
+        ledger.is("select to_regclass('backfilld.checkpoint') is not null").await
+            && ledger.is("select count(*) filter (where batches > 1) = 2 from backfilld.checkpoint").await
+    })
+    .await;
+    ledger.run("vacuum full public.messages").await;
+    daemon.ended().await.expect(0, "the table was rewritten");
+    assert_eq!(sweeps(&ledger).await, 2);
+    is_complete(&db, &ledger).await;
+}
+
+/// The reader holds a snapshot, but no lock on the target.
+#[tokio::test]
+async fn an_old_snapshot_is_named_and_waited_for() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(6000)).await);
+    let ledger = Ledger::new(&db).await;
+    let reader = db.session("nightly report", APP_OWNER).await;
+    reader.run("begin isolation level repeatable read; select count(*) from public.users").await;
+    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
+    let waits = "select count(*) > 0 from pg_stat_activity where datname = current_database()
+                   and application_name like '%batch%' and state = 'idle'
+                   and state_change < clock_timestamp() - interval '300 ms'";
+    wait_until("it waits between batches", async || ledger.is(waits).await).await;
+    reader.run("commit").await;
+    let ended = daemon.ended().await;
+    ended.expect(0, &format!("because of session {} of app_owner", reader.pid()));
+    assert!(ended.stderr.contains("the old snapshot is gone"), "{}", ended.stderr);
+    is_complete(&db, &ledger).await;
+}
+
+#[tokio::test]
+async fn a_snapshot_that_stays_is_not_waited_for_for_ever() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(6000)).await);
+    job.replace("strategy = \"heap\"", "strategy = \"heap\"\nhorizon_wait = \"0s\"");
+    job.replace("[target]", "hold_before = [\"constrain\"]\n[target]");
+    let ledger = Ledger::new(&db).await;
+    let reader = db.session("nightly report", APP_OWNER).await;
+    reader.run("begin isolation level repeatable read; select count(*) from public.users").await;
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(5, "constrain");
+    let named = format!(
+        "select detail ->> 'holder' like 'session {} of app_owner%' from backfilld.event where kind = 'horizon'",
+        reader.pid()
+    );
+    assert!(ledger.is(&named).await);
+    assert_eq!(ledger.unfilled().await, 0);
+    reader.run("commit").await;
 }
