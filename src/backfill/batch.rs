@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement};
 
+use super::plan_check::PlanCheck;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::fault;
@@ -12,6 +13,7 @@ use crate::ledger::checkpoint::{self, Checkpoint};
 use crate::ledger::lease;
 use crate::pg::connect::Session;
 use crate::phase::Status;
+use crate::plan::steps::Walk;
 use crate::plan::{Shape, batch_sql};
 
 /// What became of a batch.
@@ -65,6 +67,8 @@ pub struct Statements {
     bound: [Statement; 2],
     fill: [Statement; 2],
     recheck: Option<[Statement; 2]>,
+    fill_sql: [String; 2],
+    plan_check: PlanCheck,
 }
 
 impl Statements {
@@ -90,6 +94,8 @@ impl Statements {
                 client.prepare(&batch_sql::fill(shape, &range[1])).await?,
             ],
             recheck,
+            fill_sql: range.map(|range| batch_sql::fill(shape, &range)),
+            plan_check: PlanCheck::default(),
         })
     }
 }
@@ -103,7 +109,7 @@ impl Statements {
 pub async fn run(
     ctx: &Context,
     session: &mut Session,
-    statements: &Statements,
+    statements: &mut Statements,
     checkpoint: &mut Checkpoint,
     rows: u32,
     next_rows: impl FnOnce(u32, Duration) -> u32,
@@ -136,6 +142,8 @@ pub async fn run(
     let range: Vec<&(dyn ToSql + Sync)> =
         checkpoint.cursor.iter().flatten().map(as_param).chain(last.iter().map(as_param)).collect();
     let failed = |e: tokio_postgres::Error| Failed { error: e.into(), range: Some((last.clone(), scanned)) };
+    let target = &ctx.facts.shape.target;
+    statements.plan_check.look(&tx, Walk::Keyset, target, &statements.fill_sql[after], &range).await?;
     let updated = tx.execute(&statements.fill[after], &range).await.map_err(failed)?;
     if let Some(recheck) = &statements.recheck {
         tx.execute(&recheck[after], &range).await.map_err(failed)?;

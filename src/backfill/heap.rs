@@ -9,6 +9,7 @@ use tracing::{info, warn};
 use super::batch::{Batch, Failed};
 use super::heap_cursor::{HOT_WORKS, HeapCursor, MAX_SLICE_PAGES, Slice, Steering, initial_rounds};
 use super::horizon::{self, Holder};
+use super::plan_check::PlanCheck;
 use crate::context::Context;
 use crate::error::{Error, Result, Retry};
 use crate::ledger::checkpoint::Checkpoint;
@@ -17,6 +18,7 @@ use crate::ledger::{event, lease};
 use crate::pg::connect::Session;
 use crate::phase::Status;
 use crate::plan::heap_sql;
+use crate::plan::steps::Walk;
 
 /// Updates in later rounds from which their share of HOT ones means something.
 const ENOUGH_UPDATES: u64 = 200;
@@ -31,6 +33,8 @@ pub struct HeapWalk {
     cursor: HeapCursor,
     oid: u32,
     steering: Steering,
+    plan_check: PlanCheck,
+    fill_sql: String,
     /// HOT and all updates in the first round and in the others of the current window.
     hot: [(u64, u64); 2],
     /// The server's counts of HOT and all updates as they were after the last batch.
@@ -73,6 +77,8 @@ impl HeapWalk {
             },
             oid: ctx.facts.target.oid,
             steering: Steering::new(initial_rounds(rows_per_page)),
+            plan_check: PlanCheck::default(),
+            fill_sql: heap_sql::fill(&ctx.facts.shape),
             hot: [(0, 0); 2],
             counted: (0, 0),
             since: None,
@@ -108,6 +114,9 @@ impl HeapWalk {
         let Some(slice) = self.cursor.slice(pages) else {
             return self.finish(ctx, session, checkpoint).await;
         };
+        let bounds = Bounds::of(slice);
+        let target = &ctx.facts.shape.target;
+        self.plan_check.look(&session.client, Walk::Heap, target, &self.fill_sql, &bounds.params()).await?;
         let began = Instant::now();
         let attempt = self.attempt(ctx, &session.client, checkpoint, slice, began, next_pages).await;
         if !matches!(attempt, Ok(Attempt::Committed(_))) {

@@ -7,6 +7,7 @@ pub mod batch;
 pub mod heap;
 pub mod heap_cursor;
 pub mod horizon;
+pub mod plan_check;
 pub mod settle;
 pub mod sizer;
 pub mod sweep;
@@ -41,9 +42,11 @@ const REPORT_EVERY: Duration = Duration::from_secs(10);
 
 /// What a batch session is set to besides [`SESSION_SETTINGS`](crate::pg::connect::SESSION_SETTINGS) and its timeouts. A
 /// lost commit loses rows and checkpoint together, so it need not wait for the disk. Plans are made anew for each batch,
-/// and go by the key's index: with statistics from before the backfill, a scan of the whole table could look cheaper.
+/// and go by the key's index, or by TID, and look up each source row by its key: with statistics from before the backfill, a
+/// scan of the whole table could look cheaper.
 pub const BATCH_SETTINGS: &str = "set synchronous_commit = off; set plan_cache_mode = force_custom_plan; \
-     set enable_seqscan = off; set max_parallel_workers_per_gather = 0; \
+     set enable_seqscan = off; set enable_tidscan = on; set enable_hashjoin = off; \
+     set enable_mergejoin = off; set max_parallel_workers_per_gather = 0; \
      set idle_in_transaction_session_timeout = '10s'";
 
 /// Runs the phase.

@@ -155,3 +155,17 @@ async fn rows_that_cannot_be_updated_go_to_quarantine_and_the_job_fails_until_th
     assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
     assert_eq!(ledger.number("select count(*) from backfilld.quarantine").await, 0);
 }
+
+#[tokio::test]
+async fn a_batch_that_would_read_a_whole_table_is_refused_before_it_runs() {
+    let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(600)).await);
+    let ledger = Ledger::new(&db).await;
+    // A login whose settings leave the planner no good way.
+    ledger.run(&format!("alter role backfilld in database {} set enable_indexscan = off", db.name())).await;
+    ledger.run(&format!("alter role backfilld in database {} set enable_bitmapscan = off", db.name())).await;
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(1, "would read all of public.messages");
+    assert_eq!(ledger.unfilled().await, 600, "nothing was written");
+    ledger.run(&format!("alter role backfilld in database {} reset all", db.name())).await;
+    Cli::new(&db).run(&["resume", JOB]).await.expect(0, "");
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+}
