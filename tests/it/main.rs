@@ -12,6 +12,7 @@ mod cutover;
 mod demo;
 mod demo_migration;
 mod heap;
+mod heap_model;
 mod interleaving;
 mod killed;
 mod lease;
