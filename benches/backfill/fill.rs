@@ -1,4 +1,4 @@
-//! Rows per second, WAL and growth: the same column filled in five ways, in turn, each on a fresh copy.
+//! Rows per second, WAL and growth: the same column filled in several ways, in turn, each on a fresh copy.
 
 use std::time::Instant;
 
@@ -12,129 +12,195 @@ use serde_json::json;
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
+use crate::foreground::{Foreground, Latency};
 use crate::report::{Report, Table, median};
 use crate::world::{Database, JOB, Job, World, connect, say};
 
-/// Rows of a batch where it is fixed: about what the default target of 100 ms leads to on two cores.
-const ROWS: i64 = 2000;
+/// Rows of a batch where it is fixed.
+const ROWS: i64 = 1000;
 
 const KEYSET: &str = "strategy = \"keyset\"";
 
-#[derive(Clone, Copy, PartialEq)]
-enum Way {
+/// One way to fill the column.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Way {
+    /// The reference: one UPDATE
     OneUpdate,
-    BareLoop,
-    KeysetFixed,
+    /// A loop in PL/pgSQL that commits every 1000 rows, by key
+    Loop,
+    /// Every statement of the daemon's batches by key, 1000 rows, with nothing around them
+    Bare,
+    /// The daemon by key, 1000 rows a batch
     Keyset,
+    /// The daemon by key, batches as it sizes them
+    KeysetSized,
+    /// The daemon in heap order
     Heap,
+    /// The daemon in heap order, two lanes
+    Lanes,
 }
 
-const WAYS: [Way; 5] = [Way::OneUpdate, Way::BareLoop, Way::KeysetFixed, Way::Keyset, Way::Heap];
+pub const WAYS: [Way; 7] = [Way::OneUpdate, Way::Loop, Way::Bare, Way::Keyset, Way::KeysetSized, Way::Heap, Way::Lanes];
 
 impl Way {
     fn label(self) -> &'static str {
         match self {
             Self::OneUpdate => "one UPDATE",
-            Self::BareLoop => "bare loop, keyset, 2000 rows",
-            Self::KeysetFixed => "daemon, keyset, 2000 rows",
-            Self::Keyset => "daemon, keyset",
-            Self::Heap => "daemon, heap order (default)",
+            Self::Loop => "PL/pgSQL loop, 1000 rows",
+            Self::Bare => "bare loop, keyset, 1000 rows",
+            Self::Keyset => "daemon, keyset, 1000 rows",
+            Self::KeysetSized => "daemon, keyset, sized",
+            Self::Heap => "daemon, heap order",
+            Self::Lanes => "daemon, heap order, 2 lanes",
         }
     }
 }
 
-/// Rows per second, WAL in MB, growth of heap and indexes in percent.
 struct Run {
+    /// Rows per second.
     rate: f64,
+    /// Bytes of WAL in MB, and full-page images in it.
     wal: f64,
+    images: f64,
+    /// Growth of heap and indexes in percent.
     heap: f64,
     indexes: f64,
+    /// Share of HOT updates in percent.
+    hot: f64,
+    latency: Option<Latency>,
 }
 
-/// WAL position in bytes, heap, indexes.
-async fn sizes(client: &Client) -> Result<[f64; 3]> {
+/// WAL position in bytes, heap, indexes, full-page images, updates, HOT updates.
+async fn sizes(client: &Client) -> Result<[f64; 6]> {
     let row = client
         .query_one(
             "select (pg_current_wal_lsn() - '0/0')::float8, pg_relation_size('public.messages')::float8,
-                    pg_indexes_size('public.messages')::float8",
+                    pg_indexes_size('public.messages')::float8, (select wal_fpi::float8 from pg_stat_wal),
+                    n_tup_upd::float8, n_tup_hot_upd::float8
+             from pg_stat_user_tables where relid = 'public.messages'::regclass",
             &[],
         )
         .await?;
-    Ok([row.get(0), row.get(1), row.get(2)])
+    Ok(std::array::from_fn(|i| row.get(i)))
 }
 
-pub async fn run(world: &World, runs: u32, report: &mut Report) -> Result<()> {
+pub async fn run(world: &World, runs: u32, ways: &[Way], foreground: Option<u32>, report: &mut Report) -> Result<()> {
     world.expand("plain", "keyset", KEYSET).await?;
     let mut results: Vec<(Way, Run)> = Vec::new();
+    let mut quiet = Vec::new();
     for turn in 0..runs as usize {
-        for i in 0..WAYS.len() {
+        if let Some(rate) = foreground {
+            say(&format!("foreground alone {} of {runs}", turn + 1));
+            let db = world.copy("expanded").await?;
+            let traffic = Foreground::start(world, &db, rate)?;
+            tokio::time::sleep(std::time::Duration::from_secs(10)).await;
+            quiet.push(traffic.stop().await?);
+            world.discard(db).await?;
+        }
+        for i in 0..ways.len() {
             // Rotated, so that no way always comes after the same other one.
-            let way = WAYS[(i + turn) % WAYS.len()];
+            let way = ways[(i + turn) % ways.len()];
             say(&format!("fill {} of {runs}: {}", turn + 1, way.label()));
-            results.push((way, one(world, way).await?));
+            results.push((way, one(world, way, foreground).await?));
         }
     }
     let values = |way: Way, get: fn(&Run) -> f64| -> Vec<f64> {
         results.iter().filter(|r| r.0 == way).map(|r| get(&r.1)).collect()
     };
-    let bare = median(&values(Way::BareLoop, |r| r.rate));
-    let mut rows = Vec::new();
-    let mut data = serde_json::Map::new();
-    for way in WAYS {
-        let (rate, wal) = (values(way, |r| r.rate), values(way, |r| r.wal));
-        let (heap, indexes) = (values(way, |r| r.heap), values(way, |r| r.indexes));
+    let middle = |way: Way, get: fn(&Run) -> f64| median(&values(way, get));
+    let (mut rows, mut ratios, mut data) = (Vec::new(), Vec::new(), serde_json::Map::new());
+    for &way in ways {
         rows.push((
             way.label().to_owned(),
             vec![
-                format!("{:.0}", median(&rate)),
-                format!("{:.2}", median(&rate) / bare),
-                format!("{:.0}", median(&wal)),
-                format!("{:+.0}%", median(&heap)),
-                format!("{:+.0}%", median(&indexes)),
+                format!("{:.0}", middle(way, |r| r.rate)),
+                format!("{:.0}", middle(way, |r| r.wal)),
+                format!("{:.0}", middle(way, |r| r.images)),
+                format!("{:+.0}%", middle(way, |r| r.heap)),
+                format!("{:+.0}%", middle(way, |r| r.indexes)),
             ],
         ));
-        let values = json!({ "rows_per_second": rate, "wal_mb": wal, "heap_growth_percent": heap, "index_growth_percent": indexes });
+        let ratio = |other: Way, get: fn(&Run) -> f64| match ways.contains(&other) {
+            true => format!("{:.2}", middle(way, get) / middle(other, get)),
+            false => "-".to_owned(),
+        };
+        ratios.push((
+            way.label().to_owned(),
+            vec![
+                ratio(Way::Keyset, |r| r.rate),
+                ratio(Way::OneUpdate, |r| r.rate),
+                ratio(Way::Keyset, |r| r.wal),
+                ratio(Way::OneUpdate, |r| r.wal),
+                format!("{:.0}%", middle(way, |r| r.hot)),
+            ],
+        ));
+        let latencies: Vec<_> = results.iter().filter(|r| r.0 == way).filter_map(|r| r.1.latency.as_ref()).collect();
+        let values = json!({
+            "rows_per_second": values(way, |r| r.rate), "wal_mb": values(way, |r| r.wal),
+            "full_page_images": values(way, |r| r.images), "heap_growth_percent": values(way, |r| r.heap),
+            "index_growth_percent": values(way, |r| r.indexes), "hot_percent": values(way, |r| r.hot),
+            "foreground_ms": latencies.iter().map(|l| l.json()).collect::<Vec<_>>(),
+        });
         data.insert(way.label().to_owned(), values);
     }
-    let head = vec!["rows/s", "ratio", "WAL MB", "heap", "indexes"];
+    data.insert("foreground alone".to_owned(), quiet.iter().map(Latency::json).collect());
+    let head = vec!["rows/s", "WAL MB", "images", "heap", "indexes"];
     report.add("fill", Table { title: "Fill", head, rows }, data.into());
+    let head = vec!["/keyset", "/UPDATE", "WAL/keys", "WAL/UPD", "HOT"];
+    report.add("ratios", Table { title: "Ratios of rows/s and WAL", head, rows: ratios }, json!({}));
+    if foreground.is_some() {
+        let mut rows = vec![("alone".to_owned(), Latency::cells(&quiet.iter().collect::<Vec<_>>()))];
+        for &way in ways {
+            let of: Vec<_> = results.iter().filter(|r| r.0 == way).filter_map(|r| r.1.latency.as_ref()).collect();
+            rows.push((way.label().to_owned(), Latency::cells(&of)));
+        }
+        let head = vec!["p50", "p95", "p99", "max", "count"];
+        report.add("foreground", Table { title: "Foreground, ms", head, rows }, json!({}));
+    }
     Ok(())
 }
 
-async fn one(world: &World, way: Way) -> Result<Run> {
+async fn one(world: &World, way: Way, foreground: Option<u32>) -> Result<Run> {
     let template = match way {
-        Way::OneUpdate => "plain",
-        Way::BareLoop | Way::KeysetFixed | Way::Keyset => "keyset",
-        Way::Heap => "expanded",
+        Way::OneUpdate | Way::Loop => "plain",
+        Way::Bare | Way::Keyset | Way::KeysetSized => "keyset",
+        Way::Heap | Way::Lanes => "expanded",
     };
     let db = world.copy(template).await?;
-    if way == Way::OneUpdate {
+    if template == "plain" {
         db.admin.batch_execute("alter table public.messages add column auth_user_id uuid").await?;
     } else {
         world.command(&db.name, &["cutover", JOB])?;
     }
+    let traffic = match foreground {
+        Some(rate) => Some(Foreground::start(world, &db, rate)?),
+        None => None,
+    };
     let before = sizes(&db.admin).await?;
+    let fixed = format!("{KEYSET}\ninitial_rows = {ROWS}\nmin_rows = {ROWS}\nmax_rows = {ROWS}");
     let (seconds, after) = match way {
         Way::OneUpdate => one_update(&db).await?,
-        Way::BareLoop => bare_loop(world, &db).await?,
-        Way::KeysetFixed => {
-            let size = format!(
-                "{KEYSET}
-initial_rows = {ROWS}
-min_rows = {ROWS}
-max_rows = {ROWS}"
-            );
-            daemon(world, &db, &size).await?
-        }
-        Way::Keyset => daemon(world, &db, KEYSET).await?,
+        Way::Loop => sql_loop(&db).await?,
+        Way::Bare => bare_loop(world, &db).await?,
+        Way::Keyset => daemon(world, &db, &fixed).await?,
+        Way::KeysetSized => daemon(world, &db, KEYSET).await?,
         Way::Heap => daemon(world, &db, "").await?,
+        Way::Lanes => daemon(world, &db, "lanes = 2").await?,
     };
+    let latency = match traffic {
+        Some(traffic) => Some(traffic.stop().await?),
+        None => None,
+    };
+    // Statistics arrive when their backends report them.
+    tokio::time::sleep(std::time::Duration::from_millis(1200)).await;
+    let counted = sizes(&db.admin).await?;
     let left: i64 = db
         .admin
         .query_one(
             "select count(*) from public.messages m join public.conversations c on c.id = m.conversation_id
-             where m.auth_user_id is distinct from c.auth_user_id",
-            &[],
+             where m.auth_user_id is distinct from c.auth_user_id and (m.auth_user_id is null or $1)",
+            // Foreground updates beside plain ways have no triggers that would keep the value right.
+            &[&foreground.is_none()],
         )
         .await?
         .get(0);
@@ -148,12 +214,15 @@ max_rows = {ROWS}"
         wal: (after[0] - before[0]) / 1e6,
         heap: growth(1),
         indexes: growth(2),
+        images: after[3] - before[3],
+        hot: 100.0 * (counted[5] - before[5]) / (counted[4] - before[4]).max(1.0),
+        latency,
     })
 }
 
 /// The reference's statement, in one transaction. The application's triggers are skipped here as well, or it would send a
 /// notification per row.
-async fn one_update(db: &Database) -> Result<(f64, [f64; 3])> {
+async fn one_update(db: &Database) -> Result<(f64, [f64; 6])> {
     db.admin.batch_execute("set session_replication_role = replica").await?;
     let began = Instant::now();
     db.admin
@@ -165,8 +234,36 @@ async fn one_update(db: &Database) -> Result<(f64, [f64; 3])> {
     Ok((began.elapsed().as_secs_f64(), sizes(&db.admin).await?))
 }
 
+/// What many write by hand: keys in order, a thousand at a time, a commit after each.
+async fn sql_loop(db: &Database) -> Result<(f64, [f64; 6])> {
+    db.admin.batch_execute("set session_replication_role = replica").await?;
+    let key: String = db
+        .admin
+        .query_one("select format_type(atttypid, -1) from pg_attribute where attrelid = 'public.messages'::regclass and attname = 'id'", &[])
+        .await?
+        .get(0);
+    let sql = format!(
+        "do $$ declare last {key}; top {key};
+         begin
+           loop
+             select s.id into top from (
+               select id, row_number() over (order by id) as n from public.messages
+               where last is null or id > last order by id limit {ROWS}) s order by s.n desc limit 1;
+             exit when top is null;
+             update public.messages m set auth_user_id = c.auth_user_id from public.conversations c
+             where c.id = m.conversation_id and m.auth_user_id is null and (last is null or m.id > last) and m.id <= top;
+             commit;
+             last := top;
+           end loop;
+         end $$"
+    );
+    let began = Instant::now();
+    db.admin.batch_execute(&sql).await?;
+    Ok((began.elapsed().as_secs_f64(), sizes(&db.admin).await?))
+}
+
 /// Every statement of the daemon's batches in the same order, with a constant size, and nothing around them.
-async fn bare_loop(world: &World, db: &Database) -> Result<(f64, [f64; 3])> {
+async fn bare_loop(world: &World, db: &Database) -> Result<(f64, [f64; 6])> {
     let mut client = connect(&world.cluster.url(sample::DAEMON, &db.name)).await?;
     client.batch_execute(SESSION_SETTINGS).await?;
     client.batch_execute(BATCH_SETTINGS).await?;
@@ -228,7 +325,7 @@ async fn bare_loop(world: &World, db: &Database) -> Result<(f64, [f64; 3])> {
     Ok((began.elapsed().as_secs_f64(), sizes(&db.admin).await?))
 }
 
-async fn daemon(world: &World, db: &Database, batching: &str) -> Result<(f64, [f64; 3])> {
+async fn daemon(world: &World, db: &Database, batching: &str) -> Result<(f64, [f64; 6])> {
     let job = Job { hold_before: "\"constrain\"", batching };
     let mut daemon = world.daemon(&db.name, "bench", &job, &[], &[])?;
     db.until(&mut daemon, |phase, _, _| phase != "backfill").await?;

@@ -3,6 +3,7 @@
 
 mod fill;
 mod flip;
+mod foreground;
 mod interrupt;
 mod report;
 mod resources;
@@ -33,6 +34,15 @@ struct Args {
     /// The server's max_wal_size: small enough, checkpoints come while rows are filled, as they do on large tables
     #[arg(long, default_value = "8GB")]
     max_wal_size: String,
+    /// The ways to fill; default: all
+    #[arg(long, value_delimiter = ',', value_enum)]
+    ways: Vec<fill::Way>,
+    /// A bigint key, in the order of the heap, instead of uuid v4
+    #[arg(long)]
+    bigint: bool,
+    /// While the column is filled, so many transactions per second by pgbench
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    foreground: Option<u32>,
     /// Only these sections
     #[arg(long, value_delimiter = ',', value_enum)]
     only: Vec<Section>,
@@ -59,7 +69,13 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(run(&args)),
+        // The world is dropped in either case, and its server with it.
+        Ok(runtime) => runtime.block_on(async {
+            tokio::select! {
+                result = run(&args) => result,
+                _ = tokio::signal::ctrl_c() => Err(backfilld::Error::new(backfilld::Kind::Interrupted, "interrupted")),
+            }
+        }),
         Err(e) => Err(backfilld::Error::internal("cannot start the runtime").with_source(e)),
     };
     match result {
@@ -73,10 +89,11 @@ fn main() -> ExitCode {
 
 async fn run(args: &Args) -> Result<()> {
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
-    let world = World::start(args.rows, &args.max_wal_size).await?;
+    let world = World::start(args.rows, &args.max_wal_size, args.bigint).await?;
     let mut report = Report::new(&world, &args.max_wal_size)?;
     if wanted(Section::Fill) {
-        fill::run(&world, args.runs, &mut report).await?;
+        let ways = if args.ways.is_empty() { &fill::WAYS[..] } else { &args.ways };
+        fill::run(&world, args.runs, ways, args.foreground, &mut report).await?;
     }
     if wanted(Section::Resources) {
         resources::run(&world, &mut report).await?;
