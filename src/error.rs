@@ -134,6 +134,23 @@ impl Error {
         self.hint.as_deref()
     }
 
+    /// Message, causes and SQLSTATE on one line, without the hint.
+    pub fn line(&self) -> String {
+        let mut out = self.message.clone();
+        let mut next = std::error::Error::source(self);
+        while let Some(cause) = next {
+            let text = cause.to_string();
+            if !out.contains(&text) {
+                out.push_str(&format!(": {text}"));
+            }
+            next = cause.source();
+        }
+        if let Some(state) = &self.sqlstate {
+            out.push_str(&format!(" (SQLSTATE {state})"));
+        }
+        out
+    }
+
     /// The whole story for a terminal: message, SQLSTATE, causes, hint; several lines, no final newline.
     pub fn render(&self) -> String {
         let mut out = format!("error: {}", self.message);

@@ -25,6 +25,7 @@ pub mod progress;
 pub mod rollback;
 pub mod settings;
 pub mod telemetry;
+pub mod throttle;
 pub mod verify;
 
 pub use error::{Error, Kind, Result};

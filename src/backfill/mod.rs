@@ -32,6 +32,7 @@ use crate::metrics;
 use crate::pg::connect::Session;
 use crate::plan::batch_sql;
 use crate::progress::Rate;
+use crate::throttle::Throttle;
 
 /// Rows in quarantine beyond which the fault is not a row's but the job's.
 const MAX_QUARANTINE: i64 = 1000;
@@ -58,7 +59,7 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         let mut session = connect(ctx).await?;
         let checkpoint = start(ctx, &mut session).await?;
         let mut lanes = walk::lanes(ctx, session, checkpoint).await?;
-        let team = Team::new(&lanes);
+        let team = Team::new(ctx, &lanes);
         let members = &team;
         let runs = lanes.iter_mut().enumerate().map(|(i, lane)| async move {
             let limits = lane.walk.limits(ctx, &lane.checkpoint);
@@ -96,6 +97,7 @@ enum LaneEnd {
 struct Team {
     /// Fires when one of them stops before its end.
     stop: CancellationToken,
+    throttle: Throttle,
     rows_estimate: i64,
     sum: Mutex<Sum>,
 }
@@ -108,9 +110,10 @@ struct Sum {
 }
 
 impl Team {
-    fn new(lanes: &[Lane]) -> Self {
+    fn new(ctx: &Context, lanes: &[Lane]) -> Self {
         Self {
             stop: CancellationToken::new(),
+            throttle: Throttle::start(ctx, lanes.iter().map(|l| &l.session)),
             rows_estimate: lanes.iter().map(|l| l.checkpoint.rows_estimate).sum(),
             sum: Mutex::new(Sum {
                 done: lanes.iter().map(|l| done(&l.checkpoint)).collect(),
@@ -279,6 +282,7 @@ impl<'a> Loop<'a> {
             if self.team.stop.is_cancelled() {
                 return Ok(LaneEnd::Stopped);
             }
+            self.team.throttle.clear(ctx, self.lane == 0).await?;
             let rows = self.isolating.unwrap_or(self.sizer.rows());
             let isolating = self.isolating.is_some();
             let sizer = &mut self.sizer;
@@ -291,8 +295,9 @@ impl<'a> Loop<'a> {
             match batch.await {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
                     self.committed(ctx, session, checkpoint, scanned, updated, took).await?;
-                    if !ctx.spec.batching.pause.is_zero() {
-                        ctx.pause(ctx.spec.batching.pause).await?;
+                    let pause = Throttle::pause(ctx, took);
+                    if !pause.is_zero() {
+                        ctx.pause(pause).await?;
                     }
                 }
                 Ok(Batch::End) => {
@@ -388,7 +393,8 @@ impl<'a> Loop<'a> {
             Retry::Smaller => {
                 self.retries += 1;
                 metrics::retry(ctx.job(), error.sqlstate());
-                if self.sizer.at_floor() && sqlstate == "57014" {
+                let gave_way = sqlstate == "57014" && self.team.throttle.gave_way(session);
+                if self.sizer.at_floor() && sqlstate == "57014" && !gave_way {
                     self.timeouts_at_floor += 1;
                     if self.timeouts_at_floor > MAX_TIMEOUTS_AT_FLOOR {
                         return Err(Error::failed(

@@ -83,7 +83,7 @@ impl Phases<'_> {
         if leaves(&e) || ctx.status().await? != Status::RollingBack {
             return Err(e);
         }
-        let reason = format!("{}{}", rollback::FAILED, told(&e));
+        let reason = format!("{}{}", rollback::FAILED, e.line());
         error!(job = ctx.job(), sqlstate = e.sqlstate(), hint = e.hint(), "{reason}");
         metrics::error(ctx.job(), e.sqlstate());
         let mut client = ctx.client().await?;
@@ -195,7 +195,7 @@ impl Phases<'_> {
     /// Stores the failure: a restart stops here again, until an operator says `resume` (hazard 61).
     async fn fail(&self, phase: Phase, e: Error) -> Result<()> {
         let ctx = self.ctx;
-        let reason = format!("{phase}: {}", told(&e));
+        let reason = format!("{phase}: {}", e.line());
         let mut client = ctx.client().await?;
         let tx = client.transaction().await?;
         lease::fence(&*tx, &ctx.lease).await?;
@@ -225,21 +225,4 @@ fn hold_point(phase: Phase) -> Option<HoldPoint> {
         Phase::Flip => Some(HoldPoint::Flip),
         _ => None,
     }
-}
-
-/// The error with its causes and its code, on one line.
-fn told(e: &Error) -> String {
-    let mut out = e.to_string();
-    let mut next = std::error::Error::source(e);
-    while let Some(cause) = next {
-        let text = cause.to_string();
-        if !out.contains(&text) {
-            out.push_str(&format!(": {text}"));
-        }
-        next = cause.source();
-    }
-    if let Some(state) = e.sqlstate() {
-        out.push_str(&format!(" (SQLSTATE {state})"));
-    }
-    out
 }

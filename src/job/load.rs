@@ -12,7 +12,6 @@ use crate::error::{Error, Result};
 /// Keys that the format knows and this version does not do. They are refused by name, never half done.
 const NOT_IMPLEMENTED: &[(&str, &str)] = &[
     ("access", "access comparison under roles and claims"),
-    ("throttle", "throttle signals"),
     ("watch", "watching after the flip"),
     ("hooks", "notifications"),
     ("target.partitions", "partitioned targets"),
@@ -123,6 +122,7 @@ impl JobSpec {
         let mut fixed = self.clone();
         fixed.batching = super::spec::Batching { strategy: self.batching.strategy, ..Default::default() };
         fixed.verification = Default::default();
+        fixed.throttle = Default::default();
         fixed.hold_before.clear();
         fixed.description.clear();
         let json = pruned(serde_json::to_value(&fixed).unwrap_or_default()).to_string();

@@ -5,6 +5,7 @@ pub mod load;
 #[cfg(test)]
 mod reference;
 pub mod spec;
+pub mod throttle;
 mod validate;
 
 pub use load::load;

@@ -91,6 +91,19 @@ fn sections(e: &JobSpec) -> Vec<Section> {
         section("[[agree]]", "/properties/agree/items", &["agree"], text(&e.agree.first())),
         section("[side_effects]", "/properties/side_effects", &["side_effects"], text(&e.side_effects)),
         section("[batching]", "/properties/batching", &["batching"], text(&e.batching)),
+        section("[throttle]", "/properties/throttle", &["throttle"], text(&e.throttle)),
+        section(
+            "[[throttle.queries]]",
+            "/properties/throttle/properties/queries/items",
+            &["throttle", "queries"],
+            text(&e.throttle.queries.first()),
+        ),
+        section(
+            "[[throttle.windows]]",
+            "/properties/throttle/properties/windows/items",
+            &["throttle", "windows"],
+            text(&e.throttle.windows.first()),
+        ),
         section("[verification]", "/properties/verification", &["verification"], text(&e.verification)),
     ]
 }

@@ -52,6 +52,9 @@ pub struct JobSpec {
     /// How batches are cut.
     #[serde(default)]
     pub batching: Batching,
+    /// What makes batches wait.
+    #[serde(default)]
+    pub throttle: super::throttle::Throttle,
     /// How the result is verified.
     #[serde(default)]
     pub verification: Verification,

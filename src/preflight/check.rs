@@ -244,6 +244,7 @@ pub const CATALOGUE: &[(&str, &str)] = &[
     ("xid_age", "no transaction id wraparound in sight"),
     ("replication_slots", "replication slots can take the extra WAL"),
     ("table_growth", "size now and expected growth"),
+    ("throttle", "the throttle's signals can be measured"),
 ];
 
 #[cfg(test)]

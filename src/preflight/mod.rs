@@ -20,6 +20,7 @@ mod server;
 mod sessions;
 mod signature;
 mod state;
+mod throttle;
 mod triggers;
 mod validation_sql;
 
@@ -105,6 +106,7 @@ pub async fn run(client: &Client, spec: &JobSpec, options: &PreflightOptions<'_>
     }
     checks.extend(sessions::checks(&p).await?);
     checks.extend(capacity::checks(&p).await?);
+    checks.push(p.settle("throttle", throttle::throttle(&p).await)?);
     Ok(finish(p, checks, estimate))
 }
 

@@ -29,3 +29,4 @@ mod sync_random;
 mod sync_refusals;
 mod sync_sources;
 mod sync_values;
+mod throttle;

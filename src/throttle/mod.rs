@@ -1,0 +1,208 @@
+//! What makes batches wait: signals are measured by a task with a connection of its own, and before each batch the loop
+//! looks at the latest verdict. Blind means stop (I10): no verdict, an old one, or a signal that cannot be read is "wait".
+
+pub mod blocking;
+pub mod probe;
+pub mod signal;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+use self::blocking::Batches;
+use self::signal::{Judge, Reading};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::ledger::{event, job as jobs};
+use crate::metrics;
+use crate::pg::connect::Session;
+use crate::phase::Status;
+
+/// How often a batch that waits looks whether it is time to leave.
+const LOOK: Duration = Duration::from_millis(200);
+/// How often it looks at the job's status meanwhile.
+const LOOK_AT_STATUS: Duration = Duration::from_secs(1);
+
+/// The latest measurement.
+#[derive(Debug, Clone)]
+struct Verdict {
+    at: Instant,
+    waits: Vec<Reading>,
+}
+
+/// The running throttle of a backfill. Its tasks end when it is dropped.
+pub struct Throttle {
+    verdicts: watch::Receiver<Verdict>,
+    stale_after: Duration,
+    batches: Arc<Batches>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Throttle {
+    /// Starts to measure for batches on `sessions`.
+    pub fn start<'a>(ctx: &Context, sessions: impl Iterator<Item = &'a Session>) -> Self {
+        let batches = Arc::new(Batches::default());
+        sessions.for_each(|s| batches.add(s));
+        let first = Verdict { at: Instant::now(), waits: vec![Reading::no("probe", "nothing was measured yet")] };
+        let (sender, verdicts) = watch::channel(first);
+        let tasks =
+            [tokio::spawn(measure(ctx.clone(), sender)), tokio::spawn(give_way(ctx.clone(), Arc::clone(&batches)))];
+        // Two measurements may fail to come before the last one counts as old.
+        let stale_after = ctx.spec.throttle.every * 2 + probe::QUERY_TIMEOUT;
+        Self { verdicts, stale_after, batches, tasks }
+    }
+
+    /// Waits until a batch may begin. Also comes back when the job's status is no longer `running`: the batch sees it
+    /// then, and does nothing. `counts`: whether this wait is added to the job's; of several lanes one does.
+    ///
+    /// # Errors
+    /// Lease lost, interrupted.
+    pub async fn clear(&self, ctx: &Context, counts: bool) -> Result<()> {
+        let mut verdicts = self.verdicts.clone();
+        let mut looked = Instant::now();
+        loop {
+            let verdict = verdicts.borrow_and_update().clone();
+            let old = verdict.at.elapsed();
+            let why = if old > self.stale_after {
+                Some(Reading::no("probe", format!("nothing could be measured for {} s", old.as_secs())))
+            } else {
+                verdict.waits.first().cloned()
+            };
+            let Some(why) = why else { return Ok(()) };
+            ctx.progress.update(|p| p.note = format!("waiting: {}", why.text()));
+            let began = Instant::now();
+            tokio::select! {
+                _ = verdicts.changed() => {}
+                () = tokio::time::sleep(LOOK) => {}
+                () = ctx.stopping() => {}
+            }
+            if counts {
+                metrics::throttled_for(ctx.job(), &why.signal, began.elapsed());
+            }
+            ctx.check()?;
+            if looked.elapsed() > LOOK_AT_STATUS {
+                looked = Instant::now();
+                // A status that cannot be read is asked for again.
+                if ctx.status().await.is_ok_and(|s| s != Status::Running) {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Whether a batch of this session was cancelled because it kept somebody waiting, since this was last asked.
+    pub fn gave_way(&self, session: &Session) -> bool {
+        self.batches.gave_way(session.pid)
+    }
+
+    /// The pause after a batch that took `took`.
+    pub fn pause(ctx: &Context, took: Duration) -> Duration {
+        let duty = ctx.spec.throttle.duty;
+        ctx.spec.batching.pause + took.mul_f64((1.0 - duty) / duty)
+    }
+}
+
+/// Measures over and over.
+async fn measure(ctx: Context, verdicts: watch::Sender<Verdict>) {
+    let mut session: Option<Session> = None;
+    let mut judge = Judge::default();
+    let mut said = String::new();
+    loop {
+        let readings = match pass(&ctx, &mut session).await {
+            Ok(readings) => readings,
+            Err(e) => {
+                session = None;
+                vec![Reading::no("probe", format!("the signals cannot be measured: {}", e.line()))]
+            }
+        };
+        let waits = judge.judge(&readings);
+        for r in &readings {
+            let waiting = waits.iter().any(|w| w.signal == r.signal);
+            metrics::signal(ctx.job(), &r.signal, r.observed, r.threshold, waiting);
+        }
+        // Not at each change of a value.
+        let why = waits.first().map(|r| if r.refuses { r.text() } else { r.signal.clone() }).unwrap_or_default();
+        if why != said {
+            said = why;
+            tell(&ctx, waits.first()).await;
+        }
+        if verdicts.send(Verdict { at: Instant::now(), waits }).is_err() {
+            return;
+        }
+        tokio::time::sleep(ctx.spec.throttle.every).await;
+    }
+}
+
+async fn pass(ctx: &Context, session: &mut Option<Session>) -> Result<Vec<Reading>> {
+    if session.is_none() {
+        let new = ctx.connect("throttle").await?;
+        new.client.batch_execute(&probe::session_settings()).await?;
+        *session = Some(new);
+    }
+    let session = session.as_ref().ok_or_else(|| Error::internal("no session"))?;
+    // The server's own timeouts do not help when it has stopped to answer.
+    let patience = probe::QUERY_TIMEOUT * (2 + ctx.spec.throttle.queries.len() as u32);
+    tokio::time::timeout(patience, probe::measure(&session.client, &ctx.spec.throttle))
+        .await
+        .map_err(|_| Error::internal("the server does not answer"))?
+}
+
+/// Says once per change why batches wait, in the log and in the ledger, where `status` finds it from any machine.
+async fn tell(ctx: &Context, why: Option<&Reading>) {
+    let text = why.map(|r| format!("waiting: {}", r.text())).unwrap_or_default();
+    match why {
+        Some(r) => {
+            warn!(
+                job = ctx.job(),
+                signal = r.signal,
+                observed = r.observed,
+                threshold = r.threshold,
+                "batches wait: {}",
+                r.text()
+            );
+        }
+        None => info!(job = ctx.job(), "batches go on"),
+    }
+    let stored = async {
+        let client = ctx.client().await?;
+        jobs::set_status(&**client, ctx.job(), &[Status::Running], Status::Running, &text, "").await?;
+        event::record(&**client, ctx.job(), "throttle", serde_json::json!({ "wait": !text.is_empty(), "reason": text }))
+            .await
+    };
+    if let Err(e) = stored.await {
+        warn!(job = ctx.job(), "the reason could not be stored: {e}");
+    }
+}
+
+/// Looks over and over whom our batches keep waiting. What it cannot see has another bound: the batch's own duration.
+async fn give_way(ctx: Context, batches: Arc<Batches>) {
+    loop {
+        if let Err(e) = watch_locks(&ctx, &batches).await {
+            warn!(job = ctx.job(), sqlstate = e.sqlstate(), "locks cannot be looked at: {e}");
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn watch_locks(ctx: &Context, batches: &Batches) -> Result<()> {
+    let session = ctx.connect("locks").await?;
+    session.client.batch_execute(&probe::session_settings()).await?;
+    loop {
+        let n = batches.give_way(&session.client, ctx.spec.throttle.give_way_after).await?;
+        if n > 0 {
+            info!(job = ctx.job(), batches = n, "cancelled a batch that kept somebody waiting");
+            let client = ctx.client().await?;
+            event::record(&**client, ctx.job(), "gave_way", serde_json::json!({ "batches": n })).await?;
+        }
+        tokio::time::sleep(blocking::EVERY).await;
+    }
+}
