@@ -7,6 +7,7 @@ use tracing::{error, warn};
 use crate::context::Context;
 use crate::error::{Kind, Result};
 use crate::ledger::lease;
+use crate::metrics;
 use crate::pg::connect::Session;
 
 /// Renews the lease three times per time to live. When it cannot be proven to be ours any more, by a local clock that
@@ -20,6 +21,8 @@ pub(super) async fn run(ctx: Context, session: Session, mut proven: Instant) {
     let deadline = ttl - ttl / 10;
     let mut session = Some(session);
     loop {
+        let pool = ctx.pool.status();
+        metrics::pool(pool.idle, pool.in_use, pool.waiting);
         let sent = Instant::now();
         let left = deadline.saturating_sub(proven.elapsed());
         match tokio::time::timeout(left, renew(&ctx, &mut session)).await {

@@ -30,3 +30,4 @@ mod sync_refusals;
 mod sync_sources;
 mod sync_values;
 mod throttle;
+mod watching;

@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Writes grafana/dashboards/backfilld.json: run it after a change, and commit both."""
+
+import json
+import pathlib
+
+SELECT = 'job=~"$job",instance=~"$instance"'
+panels = []
+place = {"x": 0, "y": 0}
+
+
+def row(title):
+    place["x"] = 0
+    place["y"] += 8
+    panels.append({"type": "row", "title": title, "collapsed": False, "panels": [],
+                   "gridPos": {"x": 0, "y": place["y"], "w": 24, "h": 1}})
+    place["y"] += 1
+
+
+def panel(kind, title, description, unit, queries, width=8, height=8, **more):
+    if place["x"] + width > 24:
+        place["x"] = 0
+        place["y"] += height
+    targets = [{"refId": chr(65 + i), "expr": expr.replace("$S", SELECT), "legendFormat": legend,
+                "datasource": {"type": "prometheus", "uid": "${datasource}"}}
+               for i, (expr, legend) in enumerate(queries)]
+    panels.append({
+        "type": kind, "title": title, "description": description, "targets": targets,
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "gridPos": {"x": place["x"], "y": place["y"], "w": width, "h": height},
+        "fieldConfig": {"defaults": {"unit": unit, **more.pop("defaults", {})}, "overrides": []},
+        "options": more,
+    })
+    place["x"] += width
+
+
+PHASES = "backfilld_job_phase{$S} == 1"
+panel("stat", "Phase", "Where the job is. Failed and paused wait for an operator.", "none",
+      [(f"max by (job, phase) ({PHASES})", "{{job}}: {{phase}}")], 6, 5, textMode="name")
+panel("gauge", "Progress", "Done part of the present phase.", "percentunit",
+      [("max by (job) (backfilld_progress_ratio{$S})", "{{job}}")], 6, 5, defaults={"min": 0, "max": 1})
+panel("stat", "Time left", "Estimated time to the end of the present phase; nothing while unknown.", "s",
+      [("clamp_min((max by (job) (backfilld_eta_timestamp_seconds{$S}) > 0) - time(), 0)", "{{job}}")], 6, 5)
+panel("stat", "Waiting for", "The signals that hold batches back now; nothing: none does.", "none",
+      [("max by (job, signal) (backfilld_throttled{$S}) == 1", "{{job}}: {{signal}}")], 6, 5, textMode="name")
+
+row("Throughput")
+panel("timeseries", "Rows filled per second", "Rows that committed batches filled.", "rowsps",
+      [("sum by (job) (rate(backfilld_rows_updated_total{$S}[$__rate_interval]))", "{{job}}")])
+panel("timeseries", "Batch duration", "From begin to commit; the target is 100 ms unless the job says otherwise.", "s",
+      [(f"histogram_quantile({q}, sum by (job, le) (rate(backfilld_batch_duration_seconds_bucket{{$S}}[$__rate_interval])))",
+        f"{{{{job}}}} p{int(q * 100)}") for q in (0.5, 0.95)])
+panel("timeseries", "Batch size", "What the next batch asks for: rows by key, pages in heap order.", "none",
+      [("max by (job) (backfilld_batch_size_target_rows{$S})", "{{job}}")])
+panel("timeseries", "Retries per second", "Batches and statements that failed and were tried again, by SQLSTATE.", "ops",
+      [("sum by (job, sqlstate) (rate(backfilld_retries_total{$S}[$__rate_interval]))", "{{job}} {{sqlstate}}")])
+panel("timeseries", "Rows in quarantine", "Rows that cannot be updated; they block the flip.", "none",
+      [("max by (job) (backfilld_rows_quarantined{$S})", "{{job}}")])
+panel("timeseries", "Rows left alone per second", "Filled already, by a trigger or an earlier run.", "rowsps",
+      [("sum by (job) (rate(backfilld_rows_skipped_total{$S}[$__rate_interval]))", "{{job}}")])
+
+row("Throttle")
+panel("timeseries", "Share of its limit", "1 is where a signal holds batches back (for floors: the other way round).", "percentunit",
+      [("max by (job, signal) (backfilld_throttle_signal_value{$S} / (backfilld_throttle_signal_threshold{$S} > 0))",
+        "{{job}} {{signal}}")], 12)
+panel("timeseries", "Time held back", "Share of time in which a signal held batches back.", "percentunit",
+      [("sum by (job, signal) (rate(backfilld_throttled_seconds_total{$S}[$__rate_interval]))", "{{job}} {{signal}}")], 12)
+
+row("DDL")
+panel("timeseries", "Attempts", "Statements that take strong locks, by outcome.", "none",
+      [("sum by (job, outcome) (increase(backfilld_ddl_attempts_total{$S}[$__rate_interval]))", "{{job}} {{outcome}}")])
+panel("timeseries", "Lock held, longest", "Upper bound of the bucket with the longest hold.", "s",
+      [("histogram_quantile(1, sum by (job, mode, le) (backfilld_ddl_lock_hold_seconds_bucket{$S}))", "{{job}} {{mode}}")])
+panel("timeseries", "Lock waited for, longest", "Upper bound of the bucket with the longest wait.", "s",
+      [("histogram_quantile(1, sum by (job, le) (backfilld_ddl_lock_wait_seconds_bucket{$S}))", "{{job}}")])
+
+row("Proof and lease")
+panel("timeseries", "Rows found wrong", "By kind, as the last verification found them.", "none",
+      [("max by (job, kind) (backfilld_verify_findings{$S})", "{{job}} {{kind}}")])
+panel("timeseries", "Rows verified", "Rows compared with their source.", "none",
+      [("max by (job) (backfilld_verify_checked_rows_total{$S})", "{{job}}")])
+panel("timeseries", "Lease", "Who holds it (1); the epoch grows with every takeover.", "none",
+      [("max by (job, instance) (backfilld_lease_held{$S})", "{{job}} {{instance}}"),
+       ("max by (job) (backfilld_lease_epoch{$S})", "{{job}} epoch")])
+panel("timeseries", "Connections", "The daemon's pool.", "none",
+      [('sum by (state) (backfilld_pool_connections{instance=~"$instance"})', "{{state}}")])
+panel("timeseries", "Errors", "Failures that are not tried again, by SQLSTATE.", "none",
+      [("sum by (job, sqlstate) (backfilld_errors_total{$S})", "{{job}} {{sqlstate}}")])
+panel("stat", "Version", "The daemons' versions.", "none",
+      [('max by (version) (backfilld_build_info{instance=~"$instance"})', "{{version}}")], textMode="name")
+
+
+def variable(name, label, query):
+    return {"type": "query", "name": name, "label": label, "query": {"query": query, "refId": name}, "refresh": 2,
+            "includeAll": True, "multi": True, "allValue": ".*", "current": {"text": "All", "value": "$__all"},
+            "datasource": {"type": "prometheus", "uid": "${datasource}"}}
+
+
+board = {
+    "uid": "backfilld", "title": "backfilld", "tags": ["backfilld", "postgresql"], "schemaVersion": 39, "editable": True,
+    "description": "Is it fine, how far is it, how long will it take, and why does it wait?",
+    "refresh": "10s", "time": {"from": "now-1h", "to": "now"}, "timezone": "browser",
+    "templating": {"list": [
+        {"type": "datasource", "name": "datasource", "label": "Data source", "query": "prometheus"},
+        variable("job", "Job", "label_values(backfilld_job_phase, job)"),
+        variable("instance", "Instance", "label_values(backfilld_build_info, instance)"),
+    ]},
+    "panels": [{"id": i + 1, **p} for i, p in enumerate(panels)],
+}
+out = pathlib.Path(__file__).parent / "dashboards" / "backfilld.json"
+out.write_text(json.dumps(board, indent=2) + "\n")
