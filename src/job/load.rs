@@ -119,13 +119,17 @@ impl JobSpec {
     /// SHA-256, in hex, of everything that changes what the job does. What may be changed while the job runs (batch
     /// sizes, hold points, descriptions) is left out.
     pub fn hash(&self) -> String {
-        let mut fixed = self.clone();
-        fixed.batching = super::spec::Batching { strategy: self.batching.strategy, ..Default::default() };
-        fixed.verification = Default::default();
-        fixed.throttle = Default::default();
-        fixed.hold_before.clear();
-        fixed.description.clear();
-        let json = pruned(serde_json::to_value(&fixed).unwrap_or_default()).to_string();
+        let mut fixed = serde_json::to_value(self).unwrap_or_default();
+        if let Some(keys) = fixed.as_object_mut() {
+            // By name, not set to their defaults: a default that a later version changes or adds must not matter either.
+            for key in ["throttle", "verification", "hold_before", "description"] {
+                keys.remove(key);
+            }
+            if let Some(batching) = keys.get_mut("batching").and_then(|b| b.as_object_mut()) {
+                batching.retain(|key, _| key == "strategy");
+            }
+        }
+        let json = pruned(fixed).to_string();
         Sha256::digest(json.as_bytes()).iter().map(|b| format!("{b:02x}")).collect()
     }
 
@@ -240,6 +244,8 @@ mod tests {
         let a = parse(SMALL, "job.toml", no_file).expect("parses");
         let mut b = a.clone();
         b.batching.max_rows = 77;
+        b.batching.lanes = 4;
+        b.throttle.duty = 0.5;
         assert_eq!(a.hash(), b.hash());
         assert!(
             !pruned(serde_json::to_value(&a).unwrap()).to_string().contains("null"),

@@ -1,0 +1,102 @@
+//! What is shipped for service managers and containers names flags, settings and files that exist.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn text(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn config(env: &[(&str, &str)]) -> (bool, String) {
+    let ran =
+        Command::new(env!("CARGO_BIN_EXE_backfilld")).args(["config", "check"]).envs(env.iter().copied()).output();
+    let ran = ran.expect("the binary runs");
+    (ran.status.success(), String::from_utf8_lossy(&ran.stderr).into_owned())
+}
+
+/// Names of the settings that a file gives as environment variables.
+fn variables(file: &str) -> Vec<String> {
+    let text = text(file);
+    let mut out: Vec<String> = text
+        .match_indices("BACKFILLD_")
+        .map(|(at, _)| text[at..].chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect())
+        .collect();
+    out.sort();
+    out.dedup();
+    out
+}
+
+#[test]
+fn every_setting_of_the_unit_and_of_compose_exists() {
+    let secret = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(secret.path(), "secret\n").expect("writable");
+    for file in ["deploy/systemd/backfilld@.service", "deploy/container/compose.yaml"] {
+        let names = variables(file);
+        assert!(!names.is_empty(), "{file}");
+        for name in &names {
+            let url = ("BACKFILLD_DATABASE__URL", "postgresql://u@127.0.0.1/d");
+            let value = match name.rsplit('_').next() {
+                Some("LISTEN") => "127.0.0.1:1",
+                Some("FILE") => secret.path().to_str().expect("UTF-8"),
+                _ => url.1,
+            };
+            let (fine, said) = config(&[url, (name, value)]);
+            assert!(fine, "{file}: {name}: {said}");
+        }
+    }
+    let (fine, said) = config(&[("BACKFILLD_DATABASE__PASSWORD_FIL", "x")]);
+    assert!(!fine && said.contains("PASSWORD_FIL"), "an unknown one is refused: {said}");
+}
+
+#[test]
+fn the_unit_verifies_and_is_hardened() {
+    let unit = text("deploy/systemd/backfilld@.service");
+    let flags = ["--config", "run"];
+    let help = Command::new(env!("CARGO_BIN_EXE_backfilld")).arg("--help").output().expect("the binary runs");
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    for flag in flags {
+        assert!(unit.contains(flag) && help.contains(flag), "{flag}");
+    }
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
+        eprintln!("systemd-analyze is not there: the unit was read, not verified");
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("backfilld@job.service");
+    std::fs::write(&path, unit.replace("/usr/bin/backfilld", env!("CARGO_BIN_EXE_backfilld"))).expect("writable");
+    let analyze = |args: &[&str], path: &Path| {
+        let ran = Command::new("systemd-analyze").args(args).arg(path).output().expect("it runs");
+        (
+            ran.status.success(),
+            format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr)),
+        )
+    };
+    let (fine, said) = analyze(&["verify"], &path);
+    assert!(fine && !said.contains("backfilld@job.service:"), "{said}");
+    // In tenths: 20 is 2.0.
+    let (fine, said) = analyze(&["security", "--offline=true", "--threshold=20"], &path);
+    assert!(fine, "{said}");
+}
+
+#[test]
+fn files_that_container_and_compose_copy_or_mount_are_there() {
+    for line in text("deploy/container/Dockerfile").lines() {
+        if let Some(rest) = line.strip_prefix("COPY ").filter(|rest| !rest.starts_with("--from")) {
+            let mut paths: Vec<&str> = rest.split_whitespace().collect();
+            paths.pop();
+            for path in paths {
+                assert!(root().join(path).exists(), "{line}");
+            }
+        }
+    }
+    for line in text("deploy/container/compose.yaml").lines() {
+        if let Some(mount) = line.trim().strip_prefix("- ../") {
+            let from = mount.split(':').next().unwrap_or_default();
+            assert!(root().join("deploy/container/..").join(from).exists(), "{line}");
+        }
+    }
+}
