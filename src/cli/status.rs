@@ -160,11 +160,13 @@ fn text(s: &JobStatus) -> String {
     if s.batches > 0 {
         let of = if s.rows_estimate > 0 { format!(" of about {}", s.rows_estimate) } else { String::new() };
         line("rows", format!("{} filled, {} walked{of}, sweep {}", s.rows_updated, s.rows_scanned, s.sweep));
-        let rate = s.rows_per_second.map_or(String::new(), |r| format!(", {r:.0} rows/s"));
+        // Over the whole time since the first batch, with every pause in it.
+        let rate = s.rows_per_second.map_or(String::new(), |r| format!(", {r:.0} rows/s overall"));
         line("batches", format!("{}{rate}", s.batches));
     }
     match &s.lease {
         Some(l) if l.held => line("daemon", format!("{} (epoch {})", l.instance, l.epoch)),
+        _ if matches!(s.status.as_str(), "done" | "rolled_back") => {}
         _ => line("daemon", "none; start one with: backfilld run <job directory>".into()),
     }
     if let Some(v) = &s.verdict {

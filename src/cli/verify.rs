@@ -35,9 +35,19 @@ pub async fn run(global: &Global, args: VerifyArgs) -> Result<()> {
     if args.json {
         super::print_json(&verdict)?;
     } else {
-        let mut out = format!("{:<36} {:>12}\n", "rows checked", verdict.rows_checked);
+        let width = verdict.counts.keys().map(String::len).max().unwrap_or(0).clamp(20, 56);
+        let mut out = format!("{:<width$} {:>12}\n", "rows checked", verdict.rows_checked);
+        let bytes: i64 = session
+            .client
+            .query_one("select pg_relation_size($1::oid)", &[&facts.target.oid])
+            .await
+            .map_err(Error::from)?
+            .get(0);
+        let seconds = (verdict.duration_ms.max(1) as f64) / 1000.0;
+        let rate = format!("{:.0}", verdict.rows_checked as f64 / seconds);
+        out.push_str(&format!("{:<width$} {rate:>12}  {:.0} MB/s\n", "rows per second", bytes as f64 / seconds / 1e6));
         for (kind, n) in &verdict.counts {
-            out.push_str(&format!("{kind:<36} {n:>12}  {}\n", if *n == 0 { "PASS" } else { "FAIL" }));
+            out.push_str(&format!("{kind:<width$} {n:>12}  {}\n", if *n == 0 { "PASS" } else { "FAIL" }));
             for key in verdict.samples.get(kind).into_iter().flatten().take(5) {
                 out.push_str(&format!("  key {}\n", key.join(", ")));
             }
