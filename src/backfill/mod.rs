@@ -240,6 +240,7 @@ pub async fn begin_sweep(ctx: &Context) -> Result<i32> {
     let mut client = ctx.client().await?;
     let tx = client.transaction().await?;
     lease::fence(&*tx, &ctx.lease).await?;
+    checkpoint::fold(&*tx, ctx.job()).await?;
     let mut next = checkpoint::find(&*tx, ctx.job(), 0).await?.ok_or_else(|| Error::internal("no checkpoint"))?;
     next = Checkpoint { cursor: None, upper: None, finished: false, sweep: next.sweep + 1, ..next };
     checkpoint::put(&*tx, ctx.job(), 0, &next).await?;

@@ -24,7 +24,7 @@ pub async fn lanes(
     let found = heap::find(&session.client, ctx.job()).await?;
     let current = filenode(&session.client, oid).await?;
     let why = match found.iter().all(|(_, place)| place.filenode == current) {
-        true if found.is_empty() => "new sweep",
+        true if found.first().is_none_or(|(lane, _)| *lane != 0) => "new sweep",
         true => {
             let mut lanes = Vec::new();
             for (lane, place) in found {

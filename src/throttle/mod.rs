@@ -16,7 +16,7 @@ use self::blocking::Batches;
 use self::signal::{Judge, Reading};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::ledger::{event, job as jobs};
+use crate::ledger::{event, job as jobs, lease};
 use crate::metrics;
 use crate::pg::connect::Session;
 use crate::phase::Status;
@@ -81,7 +81,8 @@ impl Throttle {
             ctx.progress.update(|p| p.note = format!("waiting: {}", why.text()));
             let began = Instant::now();
             tokio::select! {
-                _ = verdicts.changed() => {}
+                // An error would come at once, again and again: then the time goes on instead.
+                Ok(()) = verdicts.changed() => {}
                 () = tokio::time::sleep(LOOK) => {}
                 () = ctx.stopping() => {}
             }
@@ -115,7 +116,7 @@ impl Throttle {
 async fn measure(ctx: Context, verdicts: watch::Sender<Verdict>) {
     let mut session: Option<Session> = None;
     let mut judge = Judge::default();
-    let mut said = String::new();
+    let mut said: Option<String> = None;
     loop {
         let readings = match pass(&ctx, &mut session).await {
             Ok(readings) => readings,
@@ -131,9 +132,9 @@ async fn measure(ctx: Context, verdicts: watch::Sender<Verdict>) {
         }
         // Not at each change of a value.
         let why = waits.first().map(|r| if r.refuses { r.text() } else { r.signal.clone() }).unwrap_or_default();
-        if why != said {
-            said = why;
-            tell(&ctx, waits.first()).await;
+        if said.as_ref() != Some(&why) {
+            let first = said.replace(why).is_none();
+            tell(&ctx, waits.first(), first).await;
         }
         if verdicts.send(Verdict { at: Instant::now(), waits }).is_err() {
             return;
@@ -157,7 +158,8 @@ async fn pass(ctx: &Context, session: &mut Option<Session>) -> Result<Vec<Readin
 }
 
 /// Says once per change why batches wait, in the log and in the ledger, where `status` finds it from any machine.
-async fn tell(ctx: &Context, why: Option<&Reading>) {
+/// `first`: nothing was said before; then a reason that an earlier run left behind is taken back in silence.
+async fn tell(ctx: &Context, why: Option<&Reading>, first: bool) {
     let text = why.map(|r| format!("waiting: {}", r.text())).unwrap_or_default();
     match why {
         Some(r) => {
@@ -170,13 +172,19 @@ async fn tell(ctx: &Context, why: Option<&Reading>) {
                 r.text()
             );
         }
+        None if first => {}
         None => info!(job = ctx.job(), "batches go on"),
     }
     let stored = async {
-        let client = ctx.client().await?;
-        jobs::set_status(&**client, ctx.job(), &[Status::Running], Status::Running, &text, "").await?;
-        event::record(&**client, ctx.job(), "throttle", serde_json::json!({ "wait": !text.is_empty(), "reason": text }))
-            .await
+        let mut client = ctx.client().await?;
+        let tx = client.transaction().await?;
+        lease::fence(&*tx, &ctx.lease).await?;
+        jobs::set_status(&*tx, ctx.job(), &[Status::Running], Status::Running, &text, "").await?;
+        if why.is_some() || !first {
+            let detail = serde_json::json!({ "wait": why.is_some(), "reason": text });
+            event::record(&*tx, ctx.job(), "throttle", detail).await?;
+        }
+        Ok::<_, Error>(tx.commit().await?)
     };
     if let Err(e) = stored.await {
         warn!(job = ctx.job(), "the reason could not be stored: {e}");

@@ -219,3 +219,29 @@ async fn a_snapshot_that_stays_is_not_waited_for_for_ever() {
     assert_eq!(ledger.unfilled().await, 0);
     reader.run("commit").await;
 }
+
+#[tokio::test]
+async fn another_sweep_walks_the_ranges_of_all_lanes() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(3000)).await);
+    job.replace("strategy = \"heap\"", "strategy = \"heap\"\nlanes = 3");
+    let ledger = Ledger::new(&db).await;
+    let ended = Cli::new(&db).env("BACKFILLD_FAULT", "after-phase:3").run(&["run", "--once", job.path()]).await;
+    assert_eq!((ended.code, ledger.phase().await), (None, "verify".into()), "{ended:#?}");
+    // A writer that our triggers did not see, as they were disabled for a moment: rows of each range are empty again.
+    ledger
+        .run(
+            "begin; alter table public.messages disable trigger user;
+             update public.messages set auth_user_id = null where md5(id::text) < '2';
+             alter table public.messages enable trigger user; commit;
+             do $$ declare t name; begin
+               for t in select tgname from pg_trigger
+                        where tgrelid = 'public.messages'::regclass and tgname like 'zzz_backfilld%' loop
+                 execute format('alter table public.messages enable always trigger %I', t);
+               end loop; end $$",
+        )
+        .await;
+    assert!(ledger.unfilled().await > 100);
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "sweeping again");
+    assert_eq!(ledger.number("select max(sweep) from backfilld.checkpoint").await, 2);
+    assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
+}
