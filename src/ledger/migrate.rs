@@ -12,6 +12,7 @@ pub const MIGRATIONS: &[(i32, &str, &str)] = &[
     (1, "0001_ledger.sql", include_str!("../../migrations/0001_ledger.sql")),
     (2, "0002_heap_cursor.sql", include_str!("../../migrations/0002_heap_cursor.sql")),
     (3, "0003_lanes.sql", include_str!("../../migrations/0003_lanes.sql")),
+    (4, "0004_access.sql", include_str!("../../migrations/0004_access.sql")),
 ];
 
 /// Key of the advisory lock under which migrations run: "backfill" in ASCII.

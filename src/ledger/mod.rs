@@ -3,6 +3,7 @@
 //! Nothing here decides anything; it stores and reads. Whoever changes a job's phase, a checkpoint or a verdict passes a
 //! transaction in which [`lease::fence`] has succeeded.
 
+pub mod access;
 pub mod checkpoint;
 pub mod event;
 pub mod heap;
