@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{Error, Kind, Result};
 use crate::job::JobSpec;
 use crate::ledger::lease::{self, Lease};
+use crate::live::Live;
 use crate::pg::connect::{Connector, Session};
 use crate::pg::pool::Pool;
 use crate::phase::{Phase, Status};
@@ -26,6 +27,8 @@ pub struct Context {
     pub settings: Arc<Settings>,
     /// The job.
     pub spec: Arc<JobSpec>,
+    /// What may change while the job runs: batching and throttle. Read from here, not from `spec`.
+    pub live: Live,
     /// The catalog as it was when this run began.
     pub facts: Arc<Facts>,
     /// Makes connections for batches and DDL.

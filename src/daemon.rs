@@ -19,6 +19,7 @@ use crate::job::JobSpec;
 use crate::ledger::job as jobs;
 use crate::ledger::lease::{self, Acquired, Lease};
 use crate::ledger::migrate;
+use crate::live::{Live, Tunables};
 use crate::metrics;
 use crate::pg::connect::{Connector, Session};
 use crate::pg::pool::Pool;
@@ -233,6 +234,7 @@ impl Daemon {
         let ctx = Context {
             settings: Arc::clone(&self.settings),
             spec: Arc::clone(&self.spec),
+            live: Live::new(Tunables::from(&*self.spec)),
             facts: Arc::new(facts),
             connector: self.connector.clone(),
             pool: self.pool.clone(),

@@ -16,6 +16,7 @@ mod fault;
 pub mod http;
 pub mod job;
 pub mod ledger;
+pub mod live;
 pub mod metrics;
 pub mod pg;
 pub mod phase;

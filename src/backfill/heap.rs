@@ -231,16 +231,16 @@ impl HeapWalk {
             return Ok(());
         }
         let what = &holder.what;
-        let patience = ctx.spec.batching.horizon_wait;
+        let patience = || ctx.live.now().batching.horizon_wait;
         warn!(
             job = ctx.job(),
-            patience_s = patience.as_secs(),
+            patience_s = patience().as_secs(),
             "dead row versions cannot be pruned because of {what}; waiting"
         );
         let began = Instant::now();
-        while began.elapsed() < patience {
+        while began.elapsed() < patience() {
             ctx.progress.update(|p| p.note = format!("waiting for {what}, which keeps dead rows from being pruned"));
-            ctx.pause(HORIZON_POLL.min(patience)).await?;
+            ctx.pause(HORIZON_POLL.min(patience())).await?;
             if horizon::holder(client, &since).await?.is_none_or(|h| h != holder) {
                 info!(job = ctx.job(), waited_ms = began.elapsed().as_millis() as u64, "the old snapshot is gone");
                 return Ok(());

@@ -155,7 +155,7 @@ async fn connect(ctx: &Context) -> Result<Session> {
     // would often be the application (hazard 3).
     let lock_ms = (deadlock_ms / 4).clamp(20, 250);
     session.client.batch_execute(&format!("set lock_timeout = {lock_ms}; {BATCH_SETTINGS}")).await?;
-    set_statement_timeout(ctx, &session, 0).await?;
+    set_statement_timeout(&session, ctx.live.now().batching.target_duration, 0).await?;
     if ctx.spec.side_effects.triggers == Some(TriggerMode::Skip) {
         session.client.batch_execute("set session_replication_role = replica").await.map_err(|e| {
             Error::from(e).context("the application's triggers cannot be skipped").with_hint(
@@ -169,8 +169,8 @@ async fn connect(ctx: &Context) -> Result<Session> {
 
 /// About twice the target, doubled for each timeout at the smallest batch, never above 30 s: `lock_timeout` is per lock,
 /// and only this bounds the sum (hazard 69).
-async fn set_statement_timeout(ctx: &Context, session: &Session, doublings: u32) -> Result<()> {
-    let base = (ctx.spec.batching.target_duration * 2).max(Duration::from_millis(200));
+async fn set_statement_timeout(session: &Session, target: Duration, doublings: u32) -> Result<()> {
+    let base = (target * 2).max(Duration::from_millis(200));
     let timeout = (base * 2u32.pow(doublings.min(8))).min(Duration::from_secs(30));
     session.client.batch_execute(&format!("set statement_timeout = {}", timeout.as_millis())).await?;
     Ok(())
@@ -199,7 +199,7 @@ async fn start(ctx: &Context, session: &mut Session) -> Result<Checkpoint> {
         upper: None,
         sweep: 1,
         finished: false,
-        batch_rows: ctx.spec.batching.initial_rows as i32,
+        batch_rows: ctx.live.now().batching.initial_rows as i32,
         rows_scanned: 0,
         rows_updated: 0,
         batches: 0,
@@ -255,6 +255,8 @@ struct Loop<'a> {
     lane: usize,
     team: &'a Team,
     sizer: Sizer,
+    /// The target duration that the session's timeout was last made from; zero: none of ours.
+    target: Duration,
     /// While a row that cannot be updated is being isolated: the size to use instead.
     isolating: Option<u32>,
     retries: u32,
@@ -266,7 +268,8 @@ impl<'a> Loop<'a> {
         Self {
             lane,
             team,
-            sizer: Sizer::new(ctx.spec.batching.target_duration, least, most, first),
+            sizer: Sizer::new(ctx.live.now().batching.target_duration, least, most, first),
+            target: Duration::ZERO,
             isolating: None,
             retries: 0,
             timeouts_at_floor: 0,
@@ -284,6 +287,7 @@ impl<'a> Loop<'a> {
                 return Ok(LaneEnd::Stopped);
             }
             self.team.throttle.clear(ctx, self.lane == 0).await?;
+            self.retune(ctx, session, walk, checkpoint).await?;
             let rows = self.isolating.unwrap_or(self.sizer.rows());
             let isolating = self.isolating.is_some();
             let sizer = &mut self.sizer;
@@ -296,10 +300,7 @@ impl<'a> Loop<'a> {
             match batch.await {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
                     self.committed(ctx, session, checkpoint, scanned, updated, took).await?;
-                    let pause = Throttle::pause(ctx, took);
-                    if !pause.is_zero() {
-                        ctx.pause(pause).await?;
-                    }
+                    Throttle::rest(ctx, took).await?;
                 }
                 Ok(Batch::End) => {
                     info!(
@@ -318,6 +319,18 @@ impl<'a> Loop<'a> {
         }
     }
 
+    /// Takes over what changed since the last batch.
+    async fn retune(&mut self, ctx: &Context, session: &Session, walk: &Walk, checkpoint: &Checkpoint) -> Result<()> {
+        let target = ctx.live.now().batching.target_duration;
+        let (least, most, _) = walk.limits(ctx, checkpoint);
+        self.sizer.retune(target, least, most);
+        if target != self.target {
+            self.target = target;
+            set_statement_timeout(session, target, self.timeouts_at_floor).await?;
+        }
+        Ok(())
+    }
+
     async fn committed(
         &mut self,
         ctx: &Context,
@@ -330,7 +343,7 @@ impl<'a> Loop<'a> {
         self.retries = 0;
         if self.timeouts_at_floor > 0 {
             self.timeouts_at_floor = 0;
-            set_statement_timeout(ctx, session, 0).await?;
+            set_statement_timeout(session, self.target, 0).await?;
         }
         if let Some(size) = self.isolating {
             // Back to normal step by step: another bad row may be near.
@@ -404,7 +417,7 @@ impl<'a> Loop<'a> {
                         .with_source(error)
                         .with_hint("look at the plan of the batch (backfilld plan); is there an index for the join?"));
                     }
-                    set_statement_timeout(ctx, session, self.timeouts_at_floor).await?;
+                    set_statement_timeout(session, self.target, self.timeouts_at_floor).await?;
                 }
                 self.sizer.rolled_back();
                 self.isolating = self.isolating.map(|n| (n / 2).max(1));

@@ -30,6 +30,14 @@ impl Sizer {
         Self { target, min, max, rows: rows.clamp(min, max), recent: VecDeque::new() }
     }
 
+    /// Takes other limits. A shorter target makes the next batch smaller at once; a longer one lets it grow as ever.
+    /// Requires `1 <= min <= max`.
+    pub fn retune(&mut self, target: Duration, min: u32, max: u32) {
+        let shorter = (target.as_secs_f64() / self.target.as_secs_f64()).min(1.0);
+        let rows = (f64::from(self.rows) * shorter) as u32;
+        *self = Self { target, min, max, rows: rows.clamp(min, max), recent: std::mem::take(&mut self.recent) };
+    }
+
     /// Size of the next batch.
     pub fn rows(&self) -> u32 {
         self.rows
@@ -103,6 +111,20 @@ mod tests {
                 prop_assert!((10..=5_000).contains(&sizer.rows()));
             }
         }
+    }
+
+    #[test]
+    fn other_limits_hold_from_the_next_batch_on() {
+        let mut sizer = Sizer::new(TARGET, 1, 100_000, 1000);
+        plant(&mut sizer, 100, 20);
+        sizer.retune(TARGET / 4, 1, 100_000);
+        assert!((225..=275).contains(&sizer.rows()), "{}", sizer.rows());
+        plant(&mut sizer, 100, 1);
+        assert!((225..=275).contains(&sizer.rows()), "it stays there: {}", sizer.rows());
+        sizer.retune(TARGET, 1, 120);
+        assert_eq!(sizer.rows(), 120);
+        sizer.retune(TARGET, 300, 100_000);
+        assert_eq!(sizer.rows(), 300);
     }
 
     #[test]

@@ -57,7 +57,7 @@ async fn begin(
     checkpoint::fold(&tx, ctx.job()).await?;
     let first = checkpoint::find(&tx, ctx.job(), 0).await?.unwrap_or_else(|| checkpoint.clone());
     let rounds = initial_rounds(first.rows_estimate as f64 / pages.max(1) as f64);
-    let count = lanes_for(pages, ctx.spec.batching.lanes);
+    let count = lanes_for(pages, ctx.live.now().batching.lanes);
     let mut lanes = Vec::new();
     for lane in 0..count {
         let (start, bound) = lane_range(pages, count, lane);

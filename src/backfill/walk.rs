@@ -60,7 +60,7 @@ pub async fn lanes(ctx: &Context, mut session: Session, mut checkpoint: Checkpoi
 impl Walk {
     /// Smallest, largest and first batch, in the walk's unit.
     pub fn limits(&self, ctx: &Context, checkpoint: &Checkpoint) -> (u32, u32, u32) {
-        let b = &ctx.spec.batching;
+        let b = &ctx.live.now().batching;
         let stored = checkpoint.batch_rows.unsigned_abs();
         match self {
             Self::Keyset(_) => (b.min_rows, b.max_rows, stored),

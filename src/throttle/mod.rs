@@ -17,6 +17,7 @@ use self::signal::{Judge, Reading};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::ledger::{event, job as jobs, lease};
+use crate::live::Tunables;
 use crate::metrics;
 use crate::pg::connect::Session;
 use crate::phase::Status;
@@ -36,7 +37,6 @@ struct Verdict {
 /// The running throttle of a backfill. Its tasks end when it is dropped.
 pub struct Throttle {
     verdicts: watch::Receiver<Verdict>,
-    stale_after: Duration,
     batches: Arc<Batches>,
     tasks: [JoinHandle<()>; 2],
 }
@@ -56,9 +56,7 @@ impl Throttle {
         let (sender, verdicts) = watch::channel(first);
         let tasks =
             [tokio::spawn(measure(ctx.clone(), sender)), tokio::spawn(give_way(ctx.clone(), Arc::clone(&batches)))];
-        // Two measurements may fail to come before the last one counts as old.
-        let stale_after = ctx.spec.throttle.every * 2 + probe::QUERY_TIMEOUT;
-        Self { verdicts, stale_after, batches, tasks }
+        Self { verdicts, batches, tasks }
     }
 
     /// Waits until a batch may begin. Also comes back when the job's status is no longer `running`: the batch sees it
@@ -72,7 +70,9 @@ impl Throttle {
         loop {
             let verdict = verdicts.borrow_and_update().clone();
             let old = verdict.at.elapsed();
-            let why = if old > self.stale_after {
+            // Two measurements may fail to come before the last one counts as old.
+            let stale_after = ctx.live.now().throttle.every * 2 + probe::QUERY_TIMEOUT;
+            let why = if old > stale_after {
                 Some(Reading::no("probe", format!("nothing could be measured for {} s", old.as_secs())))
             } else {
                 verdict.waits.first().cloned()
@@ -105,10 +105,31 @@ impl Throttle {
         self.batches.gave_way(session.pid)
     }
 
+    /// Rests after a batch that took `took`. A change of what decides about the rest takes effect while it lasts.
+    ///
+    /// # Errors
+    /// Lease lost, interrupted.
+    pub async fn rest(ctx: &Context, took: Duration) -> Result<()> {
+        let began = Instant::now();
+        let mut changes = ctx.live.changes();
+        loop {
+            let left = Self::pause(&changes.borrow_and_update(), took).saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Ok(());
+            }
+            tokio::select! {
+                () = tokio::time::sleep(left) => {}
+                Ok(()) = changes.changed() => {}
+                () = ctx.stopping() => {}
+            }
+            ctx.check()?;
+        }
+    }
+
     /// The pause after a batch that took `took`.
-    pub fn pause(ctx: &Context, took: Duration) -> Duration {
-        let duty = ctx.spec.throttle.duty;
-        ctx.spec.batching.pause + took.mul_f64((1.0 - duty) / duty)
+    fn pause(now: &Tunables, took: Duration) -> Duration {
+        let duty = now.throttle.duty;
+        now.batching.pause + took.mul_f64((1.0 - duty) / duty)
     }
 }
 
@@ -117,7 +138,9 @@ async fn measure(ctx: Context, verdicts: watch::Sender<Verdict>) {
     let mut session: Option<Session> = None;
     let mut judge = Judge::default();
     let mut said: Option<String> = None;
+    let mut changes = ctx.live.changes();
     loop {
+        let every = changes.borrow_and_update().throttle.every;
         let readings = match pass(&ctx, &mut session).await {
             Ok(readings) => readings,
             Err(e) => {
@@ -139,7 +162,8 @@ async fn measure(ctx: Context, verdicts: watch::Sender<Verdict>) {
         if verdicts.send(Verdict { at: Instant::now(), waits }).is_err() {
             return;
         }
-        tokio::time::sleep(ctx.spec.throttle.every).await;
+        // Other limits are looked at at once.
+        let _ = tokio::time::timeout(every, changes.changed()).await;
     }
 }
 
@@ -151,8 +175,9 @@ async fn pass(ctx: &Context, session: &mut Option<Session>) -> Result<Vec<Readin
     }
     let session = session.as_ref().ok_or_else(|| Error::internal("no session"))?;
     // The server's own timeouts do not help when it has stopped to answer.
-    let patience = probe::QUERY_TIMEOUT * (2 + ctx.spec.throttle.queries.len() as u32);
-    tokio::time::timeout(patience, probe::measure(&session.client, &ctx.spec.throttle))
+    let throttle = &ctx.live.now().throttle;
+    let patience = probe::QUERY_TIMEOUT * (2 + throttle.queries.len() as u32);
+    tokio::time::timeout(patience, probe::measure(&session.client, throttle))
         .await
         .map_err(|_| Error::internal("the server does not answer"))?
 }
@@ -205,7 +230,7 @@ async fn watch_locks(ctx: &Context, batches: &Batches) -> Result<()> {
     let session = ctx.connect("locks").await?;
     session.client.batch_execute(&probe::session_settings()).await?;
     loop {
-        let n = batches.give_way(&session.client, ctx.spec.throttle.give_way_after).await?;
+        let n = batches.give_way(&session.client, ctx.live.now().throttle.give_way_after).await?;
         if n > 0 {
             info!(job = ctx.job(), batches = n, "cancelled a batch that kept somebody waiting");
             let client = ctx.client().await?;
