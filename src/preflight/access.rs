@@ -38,7 +38,7 @@ pub fn tables_read(p: &Probe<'_>) -> Vec<QualifiedName> {
 }
 
 /// SQL: whether role `r` is above the policies of table `c`, as check_enable_rls() of the server decides it.
-const BYPASSES: &str = "(r.rolsuper or r.rolbypassrls
+pub(super) const BYPASSES: &str = "(r.rolsuper or r.rolbypassrls
    or pg_has_role(r.oid, c.relowner, 'USAGE') and not c.relforcerowsecurity)";
 
 async fn applies(p: &Probe<'_>, role: &str, tables: &[QualifiedName]) -> Result<Vec<(String, bool)>> {
@@ -104,7 +104,7 @@ async fn rls_sync_functions(p: &Probe<'_>, facts: &Facts) -> Result<Check> {
     .grants(vec![format!("alter role {} bypassrls", quote(owner))]))
 }
 
-/// Roles and views that policies do not stop (hazard 42).
+/// Roles that policies do not stop (hazard 42).
 async fn app_bypass(p: &Probe<'_>, facts: &Facts) -> Result<Check> {
     let name = "app_bypass";
     let oid = facts.target.oid.to_string();
@@ -132,12 +132,6 @@ async fn app_bypass(p: &Probe<'_>, facts: &Facts) -> Result<Check> {
             "if that is the application, the policies protect nothing: give it a role of its own",
         );
     }
-    for view in views(p, &oid).await? {
-        tally.warn(
-            format!("view {view} reads the table with its owner's rights, past the policies"),
-            "alter view ... set (security_invoker = true) (PostgreSQL 15 and later), or revoke it from the application",
-        );
-    }
     let roles = p
         .texts(
             "select r.rolname::text || case when r.rolsuper then ' (superuser)' when r.rolbypassrls then ' (bypassrls)'
@@ -152,22 +146,6 @@ async fn app_bypass(p: &Probe<'_>, facts: &Facts) -> Result<Check> {
         name,
         format!("no application session bypasses the policies of {target}; roles that could: {}", roles.join(", ")),
     ))
-}
-
-async fn views(p: &Probe<'_>, oid: &String) -> Result<Vec<String>> {
-    let sql = format!(
-        "select distinct format('%I.%I', n.nspname, v.relname)
-         from pg_depend d join pg_rewrite w on w.oid = d.objid join pg_class v on v.oid = w.ev_class
-         join pg_namespace n on n.oid = v.relnamespace join pg_roles r on r.oid = v.relowner
-         join pg_class c on c.oid = d.refobjid
-         where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = $1::text::oid
-           and v.relkind = 'v' and v.oid <> c.oid
-           and not coalesce((select bool_or(o in ('security_invoker=true', 'security_invoker=on', 'security_invoker=1',
-                                                  'security_invoker=yes')) from unnest(v.reloptions) as o), false)
-           and {BYPASSES}
-         order by 1 limit 10"
-    );
-    p.texts(&sql, &[text(oid)]).await
 }
 
 /// A role with grants on single columns fails at `select *` once there is a column more (hazard 47).

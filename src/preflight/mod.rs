@@ -2,15 +2,19 @@
 //! may do nothing but SELECT. One file per family of checks; docs/checks.md explains each check.
 
 mod access;
+mod bodies;
+mod calls;
 mod capacity;
 mod check;
 mod column;
 mod data;
+mod dependents;
 mod estimate;
 mod expressions;
 mod functions;
 mod names;
 mod policies;
+mod policy_lint;
 mod privileges;
 mod probe;
 mod propagation;
@@ -123,6 +127,8 @@ async fn job_checks(
     checks.extend(expressions::checks(p, facts).await?);
     checks.extend(policies::checks(p, facts).await?);
     checks.push(p.settle("functions_before", functions::functions_before(p).await)?);
+    checks.extend(bodies::checks(p, facts).await?);
+    checks.extend(dependents::checks(p, facts).await?);
     checks.extend(access::checks(p, facts).await?);
     checks.extend(privileges::checks(p, facts).await?);
     checks.extend(names::checks(p, facts).await?);

@@ -1,8 +1,8 @@
 //! Every right that the job needs, by name, with the statement that would give it.
 
 use super::access::tables_read;
+use super::calls::called_functions;
 use super::check::{Check, Tally};
-use super::policies::called_functions;
 use super::probe::{Probe, text};
 use crate::error::Result;
 use crate::job::spec::TriggerMode;

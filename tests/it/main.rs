@@ -17,6 +17,7 @@ mod interleaving;
 mod killed;
 mod lease;
 mod life;
+mod lint;
 mod preflight;
 mod proof;
 mod rollback;
