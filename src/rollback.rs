@@ -9,7 +9,7 @@ use crate::cutover::flip;
 use crate::ddl::{self, Change, Strength};
 use crate::error::{Error, Result};
 use crate::expand::snapshot::{self, ColumnState, FunctionState, Security};
-use crate::ledger::{event, job, lease, objects};
+use crate::ledger::{event, job, lease, objects, verdict};
 use crate::pg::connect::Session;
 use crate::pg::ident::literal;
 use crate::phase::Status;
@@ -85,6 +85,7 @@ async fn unflip(ctx: &Context, session: &mut Session) -> Result<()> {
         for sql in &drops {
             tx.batch_execute(sql).await?;
         }
+        verdict::forget_flipped(tx, ctx.job()).await?;
         objects::removed(tx, ctx.job(), "flip", &table.to_string()).await
     })
     .await

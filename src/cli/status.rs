@@ -9,6 +9,10 @@ use tokio_postgres::Client;
 use super::Global;
 use crate::error::Result;
 use crate::ledger::{self, checkpoint, event, job as jobs};
+use crate::phase::Status;
+use crate::plan::Facts;
+use crate::settings::Settings;
+use crate::verify::{SYNC, standing};
 
 /// Options.
 #[derive(clap::Args)]
@@ -43,6 +47,8 @@ struct JobStatus {
     rows_per_second: Option<f64>,
     lease: Option<LeaseStatus>,
     verdict: Option<serde_json::Value>,
+    /// Why the verdict does not hold any more; empty: it holds, did not pass, or there is none.
+    verdict_expired: Vec<String>,
     quarantined: i64,
     quarantine: Vec<serde_json::Value>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -69,7 +75,7 @@ pub async fn run(global: &Global, args: StatusArgs) -> Result<()> {
         };
         let mut all = Vec::new();
         for name in names {
-            all.push(read(&session.client, &name, args.history).await?);
+            all.push(read(&session.client, &settings, &name, args.history).await?);
         }
         if args.json {
             return super::print_json(&all);
@@ -91,7 +97,7 @@ pub async fn run(global: &Global, args: StatusArgs) -> Result<()> {
     }
 }
 
-async fn read(client: &Client, name: &str, history: i64) -> Result<JobStatus> {
+async fn read(client: &Client, settings: &Settings, name: &str, history: i64) -> Result<JobStatus> {
     let job = jobs::get(client, name).await?;
     let c = checkpoint::total(client, name).await?;
     let rate = client
@@ -111,7 +117,7 @@ async fn read(client: &Client, name: &str, history: i64) -> Result<JobStatus> {
         )
         .await?
         .map(|r| LeaseStatus { instance: r.get(0), epoch: r.get(1), held: r.get(2), expires_in_ms: r.get(3) });
-    let verdict = client
+    let verdict: Option<serde_json::Value> = client
         .query_opt(
             "select jsonb_build_object('passed', passed, 'at', at, 'rows_checked', rows_checked, 'counts', counts,
                                        'samples', samples)
@@ -120,6 +126,12 @@ async fn read(client: &Client, name: &str, history: i64) -> Result<JobStatus> {
         )
         .await?
         .map(|r| r.get(0));
+    let passed = verdict.as_ref().is_some_and(|v| v["passed"] == true);
+    let verdict_expired = match job.status {
+        Status::RollingBack | Status::RolledBack => Vec::new(),
+        _ if !passed => Vec::new(),
+        _ => expired(client, settings, &job).await,
+    };
     let quarantine = client
         .query(
             "select jsonb_build_object('key', key, 'sqlstate', sqlstate, 'message', message)
@@ -142,10 +154,21 @@ async fn read(client: &Client, name: &str, history: i64) -> Result<JobStatus> {
         rows_per_second: rate,
         lease,
         verdict,
+        verdict_expired,
         quarantined: checkpoint::quarantined(client, name).await?,
         quarantine: quarantine.iter().map(|r| r.get(0)).collect(),
         history: if history > 0 { event::latest(client, name, history).await? } else { Vec::new() },
     })
+}
+
+/// Why a passing verdict does not hold; what cannot be read is one more reason.
+async fn expired(client: &Client, settings: &Settings, job: &jobs::JobRow) -> Vec<String> {
+    let reasons = async {
+        let spec = super::started_spec(job)?;
+        let facts = Facts::read(client, &spec, settings.database.dedicated_login).await?;
+        standing::reasons(client, &spec, &facts).await
+    };
+    reasons.await.unwrap_or_else(|e| vec![e.line()])
 }
 
 fn text(s: &JobStatus) -> String {
@@ -171,10 +194,15 @@ fn text(s: &JobStatus) -> String {
     }
     if let Some(v) = &s.verdict {
         let passed = v["passed"].as_bool().unwrap_or(false);
-        line(
-            "verdict",
-            format!("{} at {}", if passed { "passed" } else { "did not pass" }, v["at"].as_str().unwrap_or("")),
-        );
+        let result = match (passed, s.verdict_expired.is_empty()) {
+            (false, _) => "did not pass",
+            (true, true) => "passed",
+            (true, false) => "passed, but does not hold any more",
+        };
+        line("verdict", format!("{result}, made at {}", v["at"].as_str().unwrap_or("")));
+        for reason in &s.verdict_expired {
+            line("", reason.clone());
+        }
         for (kind, n) in v["counts"].as_object().into_iter().flatten() {
             if n.as_i64() != Some(0) {
                 let keys: Vec<String> = v["samples"][kind]
@@ -186,7 +214,14 @@ fn text(s: &JobStatus) -> String {
                         k.as_array().into_iter().flatten().filter_map(|p| p.as_str()).collect::<Vec<_>>().join(",")
                     })
                     .collect();
-                line("", format!("{kind}: {n}, such as key {}", keys.join(" | ")));
+                line(
+                    "",
+                    if kind == SYNC {
+                        format!("{kind}: {}", keys.join("; "))
+                    } else {
+                        format!("{kind}: {n}, such as key {}", keys.join(" | "))
+                    },
+                );
             }
         }
     }

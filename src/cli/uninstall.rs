@@ -44,7 +44,8 @@ pub async fn run(global: &Global, args: UninstallArgs) -> Result<()> {
     if others == 0 {
         // By name, not CASCADE: if somebody put something of theirs into our schema, this fails and nothing is lost.
         tx.batch_execute(
-            "drop table backfilld.access_result, backfilld.access_run, backfilld.event, backfilld.object, backfilld.snapshot, backfilld.verdict, backfilld.quarantine,
+            "drop table backfilld.access_result, backfilld.access_run, backfilld.event, backfilld.object,
+               backfilld.snapshot, backfilld.flipped, backfilld.verdict, backfilld.quarantine,
                backfilld.checkpoint, backfilld.lease, backfilld.job, backfilld.schema_version;
              drop schema backfilld",
         )

@@ -24,7 +24,6 @@ const MAX_BUILDS: u32 = 5;
 pub async fn run(ctx: &Context) -> Result<Outcome> {
     let mut session = ctx.connect_ddl("constrain").await?;
     if !verify::verdict_holds(ctx, &session.client).await? {
-        warn!(job = ctx.job(), "no passing verdict holds on this server and timeline; verifying again");
         return Ok(Outcome::BackTo(Phase::Verify));
     }
     let steps = steps::constrain(&ctx.spec, &ctx.facts.shape, "");

@@ -9,7 +9,7 @@ use crate::ddl::{self, Change, Strength};
 use crate::error::{Error, Result};
 use crate::expand::snapshot::{self, FunctionState, PolicyState, Security};
 use crate::job::spec::Policies;
-use crate::ledger::objects;
+use crate::ledger::{objects, verdict};
 use crate::pg::connect::Session;
 use crate::pg::ident::QualifiedName;
 use crate::phase::Phase;
@@ -51,8 +51,10 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         tx.batch_execute(&policies).await?;
         let table = ctx.spec.target.table.to_string();
         // Sent together: one round trip less under the lock.
-        tokio::try_join!(assert_after(ctx, tx), objects::created(tx, ctx.job(), "flip", &table))?;
-        Ok(())
+        let after = verify::state::State::read(tx, &ctx.spec, &ctx.facts);
+        let (_, _, after) =
+            tokio::try_join!(assert_after(ctx, tx), objects::created(tx, ctx.job(), "flip", &table), after)?;
+        verdict::store_flipped(tx, ctx.job(), &verify::json(&after.access)?).await
     })
     .await?;
     Ok(Outcome::Complete)

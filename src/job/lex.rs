@@ -232,6 +232,16 @@ pub fn references(expr: &str, aliases: &[&str]) -> Result<Vec<Reference>, String
     Ok(out)
 }
 
+/// Calls of functions with a schema, as (schema, name): `app.normalize(...)`.
+pub fn qualified_calls(expr: &str) -> Vec<(String, String)> {
+    let tokens = tokens(expr).unwrap_or_default();
+    let call = |w: &[Token]| {
+        let found = w[0].is_name() && w[1].is_symbol('.') && w[2].is_name() && w[3].is_symbol('(');
+        found.then(|| (w[0].value.clone(), w[2].value.clone()))
+    };
+    tokens.windows(4).filter_map(call).collect()
+}
+
 /// `Some` if the expression is nothing but one `alias.column`.
 pub fn plain_reference(expr: &str) -> Option<Reference> {
     match tokens(expr).ok()?.as_slice() {
@@ -322,6 +332,12 @@ mod tests {
         assert_eq!(names, ["t.AccountId", "p.name", "c.at"]);
         assert!(references("row_to_json(c)", &["c"]).is_err());
         assert!(references("count(c.*)", &["c"]).is_err());
+    }
+
+    #[test]
+    fn calls_with_a_schema_are_found() {
+        let calls = qualified_calls("coalesce(app.f(c.x), \"App\".\"G\"(c.y), c.z, lower(c.f))");
+        assert_eq!(calls, [("app".to_owned(), "f".to_owned()), ("App".to_owned(), "G".to_owned())]);
     }
 
     #[test]

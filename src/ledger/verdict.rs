@@ -64,7 +64,7 @@ impl Verdict {
     }
 }
 
-/// Stores a verdict.
+/// Stores a verdict. `state`: the catalog on which it was made, read before the first row was.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -73,6 +73,7 @@ pub async fn store(
     job: &str,
     job_hash: &str,
     server: &ServerIdentity,
+    state: &serde_json::Value,
     v: &Verdict,
 ) -> Result<()> {
     let counts = serde_json::to_value(&v.counts).unwrap_or_default();
@@ -80,8 +81,8 @@ pub async fn store(
     client
         .execute(
             "insert into backfilld.verdict
-               (job, passed, rows_checked, counts, samples, job_hash, system_identifier, timeline, duration_ms)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+               (job, passed, rows_checked, counts, samples, job_hash, system_identifier, timeline, state, duration_ms)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
             &[
                 &job,
                 &v.passed,
@@ -91,6 +92,7 @@ pub async fn store(
                 &job_hash,
                 &server.system_identifier,
                 &server.timeline,
+                &state,
                 &v.duration_ms,
             ],
         )
@@ -98,17 +100,68 @@ pub async fn store(
     Ok(())
 }
 
-/// Whether the newest verdict of the job passed, for this job's content, on this server and timeline.
+/// What a stored verdict says, and for what.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Nothing wrong was found.
+    pub passed: bool,
+    /// Hash of the job's content.
+    pub job_hash: String,
+    /// The server it was made on.
+    pub server: ServerIdentity,
+    /// The catalog it was made on; `None`: an older version made it.
+    pub state: Option<serde_json::Value>,
+}
+
+/// The newest verdict of a job.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn holds(client: &impl GenericClient, job: &str, job_hash: &str, server: &ServerIdentity) -> Result<bool> {
+pub async fn last(client: &impl GenericClient, job: &str) -> Result<Option<Stored>> {
     let row = client
         .query_opt(
-            "select passed and job_hash = $2 and system_identifier = $3 and timeline = $4
+            "select passed, job_hash, system_identifier, timeline, state
              from backfilld.verdict where job = $1 order by id desc limit 1",
-            &[&job, &job_hash, &server.system_identifier, &server.timeline],
+            &[&job],
         )
         .await?;
-    Ok(row.is_some_and(|r| r.get(0)))
+    Ok(row.map(|r| Stored {
+        passed: r.get(0),
+        job_hash: r.get(1),
+        server: ServerIdentity { system_identifier: r.get(2), timeline: r.get(3) },
+        state: r.get(4),
+    }))
+}
+
+/// Stores the catalog as the flip leaves it, in the flip's transaction.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn store_flipped(client: &impl GenericClient, job: &str, state: &serde_json::Value) -> Result<()> {
+    client
+        .execute(
+            "insert into backfilld.flipped (job, state) values ($1, $2)
+             on conflict (job) do update set state = excluded.state, at = excluded.at",
+            &[&job, &state],
+        )
+        .await?;
+    Ok(())
+}
+
+/// The catalog as the flip left it; `None` before the flip.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn flipped(client: &impl GenericClient, job: &str) -> Result<Option<serde_json::Value>> {
+    let row = client.query_opt("select state from backfilld.flipped where job = $1", &[&job]).await?;
+    Ok(row.map(|r| r.get(0)))
+}
+
+/// The flip was taken back.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn forget_flipped(client: &impl GenericClient, job: &str) -> Result<()> {
+    client.execute("delete from backfilld.flipped where job = $1", &[&job]).await?;
+    Ok(())
 }

@@ -107,6 +107,13 @@ fn changed(shape: &Shape, alias: &str, columns: &[Ident]) -> Vec<String> {
     columns.iter().map(|c| shape.changed(alias, c)).collect()
 }
 
+/// The body in a `create` of [`functions`], as `pg_proc.prosrc` has it.
+pub fn body(create: &str) -> Option<&str> {
+    let (_, rest) = create.split_once("\nas $")?;
+    let (tag, rest) = rest.split_once('$')?;
+    rest.strip_suffix(&format!("${tag}$"))
+}
+
 /// `alter table ... enable always trigger ...`: writers under `session_replication_role = replica` and logical apply
 /// skip ordinary triggers (hazard 13).
 pub fn enable_always(trigger: &SyncTrigger) -> String {

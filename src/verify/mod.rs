@@ -4,6 +4,10 @@
 //! A row that moves while the scan runs has been written, and the sync triggers derive every version that is written; so
 //! a row that the scan misses because it moved behind it is right by construction (I1).
 
+pub mod standing;
+pub mod state;
+pub mod sync;
+
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -18,6 +22,9 @@ use crate::ledger::{checkpoint, event, lease};
 use crate::metrics;
 use crate::plan::verify_sql::{self, Finding};
 use crate::plan::{Facts, Shape};
+
+pub use self::standing::verdict_holds;
+use self::state::State;
 
 /// Everything the proof runs, rendered once.
 #[derive(Debug, Clone)]
@@ -34,6 +41,8 @@ pub struct Proof {
 pub const UNUSABLE_SOURCES: &str = "unusable_sources";
 /// Kind of the finding that counts rows with another value than their source.
 pub const DRIFT: &str = "drift";
+/// Kind of the finding that counts sync triggers that are missing, disabled or changed.
+pub const SYNC: &str = "sync_triggers";
 /// Kind of the finding that counts quarantined rows.
 pub const QUARANTINED: &str = "quarantined";
 
@@ -98,6 +107,11 @@ impl Proof {
                 .get(0);
             v.counts.insert(UNUSABLE_SOURCES.into(), n);
         }
+        let broken = sync::broken(client, &self.shape).await?;
+        v.counts.insert(SYNC.into(), broken.len() as i64);
+        if !broken.is_empty() {
+            v.samples.insert(SYNC.into(), broken.into_iter().map(|b| vec![b]).collect());
+        }
         v.passed = v.findings() == 0;
         v.duration_ms = began.elapsed().as_millis() as i64;
         Ok(v)
@@ -130,6 +144,7 @@ pub async fn run(ctx: &Context) -> Result<Verdict> {
     // A chunk is bounded by its pages, not by time: on a cold, busy disk it may take its time.
     session.client.batch_execute("set statement_timeout = '10min'; set max_parallel_workers_per_gather = 0").await?;
     let server = ServerIdentity::read(&session.client).await?;
+    let state = State::read(&session.client, &ctx.spec, &ctx.facts).await?;
     let proof = Proof::new(&ctx.spec, &ctx.facts);
     let mut verdict = proof
         .run(&session.client, async |rows| {
@@ -143,7 +158,7 @@ pub async fn run(ctx: &Context) -> Result<Verdict> {
     let mut client = ctx.client().await?;
     let tx = client.transaction().await?;
     lease::fence(&*tx, &ctx.lease).await?;
-    verdict::store(&*tx, ctx.job(), &ctx.spec.hash(), &server, &verdict).await?;
+    verdict::store(&*tx, ctx.job(), &ctx.spec.hash(), &server, &json(&state)?, &verdict).await?;
     let detail =
         serde_json::json!({ "passed": verdict.passed, "rows": verdict.rows_checked, "counts": verdict.counts });
     event::record(&*tx, ctx.job(), "verdict", detail).await?;
@@ -161,11 +176,10 @@ pub async fn run(ctx: &Context) -> Result<Verdict> {
     Ok(verdict)
 }
 
-/// Whether a passing verdict for this job's content holds on this server and timeline (I6). After a failover none does.
+/// A state for the ledger.
 ///
 /// # Errors
-/// Database errors.
-pub async fn verdict_holds(ctx: &Context, client: &Client) -> Result<bool> {
-    let server = ServerIdentity::read(client).await?;
-    verdict::holds(client, ctx.job(), &ctx.spec.hash(), &server).await
+/// None that can be expected.
+pub fn json(value: &impl serde::Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(value).map_err(|e| Error::internal("state as JSON").with_source(e))
 }

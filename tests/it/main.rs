@@ -31,4 +31,5 @@ mod sync_refusals;
 mod sync_sources;
 mod sync_values;
 mod throttle;
+mod verdict;
 mod watching;
