@@ -7,6 +7,7 @@ mod reference;
 pub mod spec;
 pub mod throttle;
 mod validate;
+pub mod window;
 
 pub use load::load;
 pub use spec::JobSpec;

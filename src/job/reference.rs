@@ -62,8 +62,9 @@ fn reference_markdown() -> Result<String> {
         let required: Vec<&str> = node["required"].as_array().into_iter().flatten().filter_map(Json::as_str).collect();
         let mut keys: Vec<(&String, &Json)> = node["properties"].as_object().into_iter().flatten().collect();
         keys.sort_by_key(|(name, _)| section.order.find(&format!("\"{name}\":")).unwrap_or(usize::MAX));
+        let shown = find(&values, section.example);
         for (name, property) in keys {
-            let shown = find(&values, section.example).and_then(|t| t.get(name));
+            let shown = shown.as_ref().and_then(|t| t.get(name));
             key(&mut out, name, property, required.contains(&name.as_str()), shown);
         }
     }
@@ -99,6 +100,12 @@ fn sections(e: &JobSpec) -> Vec<Section> {
             text(&e.throttle.queries.first()),
         ),
         section(
+            "[[throttle.http]]",
+            "/properties/throttle/properties/http/items",
+            &["throttle", "http"],
+            text(&e.throttle.http.first()),
+        ),
+        section(
             "[[throttle.windows]]",
             "/properties/throttle/properties/windows/items",
             &["throttle", "windows"],
@@ -113,12 +120,18 @@ fn text(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
-/// The table of the example at `path`; of a list of tables the last, which says the most.
-fn find<'a>(table: &'a toml::Table, path: &[&str]) -> Option<&'a toml::Table> {
-    let Some((head, rest)) = path.split_first() else { return Some(table) };
+/// The table of the example at `path`; of a list of tables all their keys, the last one's first.
+fn find(table: &toml::Table, path: &[&str]) -> Option<toml::Table> {
+    let Some((head, rest)) = path.split_first() else { return Some(table.clone()) };
     match table.get(*head)? {
         toml::Value::Table(inner) => find(inner, rest),
-        toml::Value::Array(list) => find(list.last()?.as_table()?, rest),
+        toml::Value::Array(list) => {
+            let tables = list.iter().filter_map(|t| find(t.as_table()?, rest));
+            tables.reduce(|mut all, next| {
+                all.extend(next);
+                all
+            })
+        }
         _ => None,
     }
 }
@@ -140,9 +153,9 @@ fn key(out: &mut String, name: &str, property: &Json, required: bool, example: O
     };
     // Tables have a section of their own.
     match example {
-        Some(toml::Value::Table(t)) if name == "on" => {
+        Some(toml::Value::Table(t)) if matches!(name, "on" | "critical") => {
             let pairs: Vec<String> = t.iter().map(|(k, v)| format!("{k} = {}", literal(v))).collect();
-            let _ = writeln!(out, "- Example: `on = {{ {} }}`", pairs.join(", "));
+            let _ = writeln!(out, "- Example: `{name} = {{ {} }}`", pairs.join(", "));
         }
         Some(toml::Value::Table(_)) | None => {}
         Some(toml::Value::Array(list)) if list.iter().any(toml::Value::is_table) => {}
@@ -170,7 +183,11 @@ fn expected(shape: &Json, property: &Json) -> &'static str {
     } else if text.contains("array") {
         if of_objects { "a list of tables, see below" } else { "a list of strings" }
     } else if text.contains("object") {
-        if shape["additionalProperties"]["type"] == "string" { "a table of strings" } else { "a table, see below" }
+        match shape["additionalProperties"]["type"].as_str() {
+            Some("string") => "a table of strings",
+            Some("number") => "a table of numbers",
+            _ => "a table, see below",
+        }
     } else if text.contains("integer") {
         "an integer"
     } else if text.contains("boolean") {

@@ -1,10 +1,15 @@
 //! `[throttle]`: what makes batches wait.
 
-use std::collections::BTreeSet;
+mod rules;
+
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use self::rules::problems;
+use super::window::Window;
 
 /// What makes batches wait. Each signal is measured over and over; while one is beyond its limit, no batch begins, and the
 /// reason is in the log, in `status` and in the metrics. A signal that cannot be read counts as beyond its limit.
@@ -27,14 +32,32 @@ pub struct Throttle {
     /// Most WAL, in MiB, that a replication slot may retain.
     pub slot_retained_mb: u64,
     /// Least WAL, in MiB, that may still be written before a slot is lost (`safe_wal_size`, with `max_slot_wal_keep_size`).
-    pub slot_safe_mb: u64,
+    /// Default: half of `max_slot_wal_keep_size`, at most 1024.
+    pub slot_safe_mb: Option<u64>,
+    /// Most WAL, in MiB per second, that the server may write, ours and others' together, over five seconds. Default: as
+    /// much as it does.
+    pub wal_mb_per_second: Option<u64>,
     /// Most sessions of this database that may wait for locks.
     pub lock_waiters: u32,
     /// Most sessions that may be active, ours included. Default: not looked at, since it depends on the server.
     pub active_sessions: Option<u32>,
+    /// Greatest age of the oldest transaction of this database that keeps dead rows from being removed. Default: an hour, of
+    /// those that this login can see; if it is set, a session that cannot be seen means wait.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "Option<String>")]
+    pub oldest_transaction: Option<Duration>,
+    /// Most dead rows of the target, in percent of its live ones. Default: not looked at, since a walk by key leaves one per
+    /// row by its nature.
+    pub dead_rows_percent: Option<u32>,
     /// Greatest age of the database's oldest transaction id, in transactions; where the server's own failsafe begins by
     /// default, writing more makes it worse.
     pub xid_age: u32,
+    /// Greatest age of the database's oldest multixact; see `xid_age`.
+    pub multixact_age: u32,
+    /// Longest time that a small write may take to commit, as the median of the last ones.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub commit_latency: Duration,
     /// Longest time that the measurement itself may take: a server that answers slowly is busy.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
@@ -43,13 +66,24 @@ pub struct Throttle {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub give_way_after: Duration,
-    /// Share of time that each lane works: 0.25 pauses three times as long as a batch took. 0.01 to 1.
+    /// How fast batches follow each other while no signal says wait.
+    pub pace: Pace,
+    /// Share of time that each lane works: 0.25 pauses three times as long as a batch took. With `pace = "auto"` the most
+    /// that it may be. 0.01 to 1.
     pub duty: f64,
-    /// Signals that are left out, where the login may not read them or they mean nothing here: `replica_lag`,
-    /// `slot_retained`, `slot_safe`, `lock_waiters`, `xid_age`, `probe_latency`.
+    /// With `pace = "auto"`: how much longer a small commit may take beside a batch than between two of them, as a factor.
+    /// 1.05 to 10.
+    pub latency_budget: f64,
+    /// Signals that are left out, where the login may not read them or they mean nothing here; a list of the names in
+    /// docs/throttle.md.
     pub ignore: Vec<String>,
+    /// Limits beyond which the job is paused, so that it goes on only when an operator says `resume`: the signal's name and
+    /// the limit in the signal's unit.
+    pub critical: BTreeMap<String, f64>,
     /// Measurements of the operator's own.
     pub queries: Vec<Query>,
+    /// Addresses that say whether batches may run.
+    pub http: Vec<Endpoint>,
     /// Times at which batches may run; default: always.
     pub windows: Vec<Window>,
 }
@@ -67,39 +101,62 @@ pub struct Query {
     pub max: Option<f64>,
 }
 
-/// A time of the week.
+/// How fast batches follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Pace {
+    /// As fast as the application's latency allows: gently while others work, at full speed while nobody does.
+    Auto,
+    /// `duty`, whatever goes on.
+    Constant,
+}
+
+/// An address that says whether batches may run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Window {
-    /// Days on which it begins; default: each.
-    #[serde(default)]
-    pub days: Vec<Day>,
-    /// When it opens, as `HH:MM`.
-    pub from: String,
-    /// When it closes, as `HH:MM`; before `from`: on the next day.
-    pub to: String,
-    /// The clock that is meant: a fixed distance from UTC, as `+02:00`. Default: UTC.
-    #[serde(default)]
-    pub utc_offset: Option<String>,
+pub struct Endpoint {
+    /// What the signal is called: 1 to 30 of `a-z 0-9 _`.
+    pub name: String,
+    /// Asked with GET over plain HTTP: any status but 2xx, and no answer within a second, mean wait.
+    pub url: String,
 }
 
-/// A day of the week.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-#[expect(missing_docs, reason = "days of the week")]
-pub enum Day {
-    Mon,
-    Tue,
-    Wed,
-    Thu,
-    Fri,
-    Sat,
-    Sun,
+/// A signal of our own.
+#[derive(Debug, Clone, Copy)]
+pub struct Known {
+    /// Stable name.
+    pub name: &'static str,
+    /// What its values count; empty where it only says yes or no.
+    pub unit: &'static str,
+    /// Its limit is a floor.
+    pub is_floor: bool,
 }
 
-/// Signals that can be left out.
-pub const IGNORABLE: [&str; 6] =
-    ["replica_lag", "slot_retained", "slot_safe", "lock_waiters", "xid_age", "probe_latency"];
+const fn known(name: &'static str, unit: &'static str, is_floor: bool) -> Known {
+    Known { name, unit, is_floor }
+}
+
+/// The signals that can be left out; all but the last can have a critical limit.
+pub const SIGNALS: [Known; 14] = [
+    known("replica_lag", "s", false),
+    known("replica_lag_bytes", "MiB", false),
+    known("slot_retained", "MiB", false),
+    known("slot_safe", "MiB", true),
+    known("wal_rate", "MiB/s", false),
+    known("lock_waiters", "sessions", false),
+    known("active_sessions", "sessions", false),
+    known("oldest_transaction", "s", false),
+    known("dead_rows", "%", false),
+    known("xid_age", "transactions", false),
+    known("multixact_age", "multixacts", false),
+    known("commit_latency", "s", false),
+    known("probe_latency", "s", false),
+    known("wraparound_vacuum", "", false),
+];
+
+/// The limit for transactions that this login can see. Dead rows of an hour are a fraction of what a table of a size worth
+/// a backfill holds; reports and dumps are done by then, as a rule.
+pub const OLDEST_TRANSACTION: Duration = Duration::from_secs(3600);
 
 impl Default for Throttle {
     fn default() -> Self {
@@ -112,170 +169,58 @@ impl Default for Throttle {
             replica_lag_mb: 256,
             // A fraction of the disks that databases worth a backfill have.
             slot_retained_mb: 10_240,
-            slot_safe_mb: 1024,
+            slot_safe_mb: None,
+            wal_mb_per_second: None,
             // Some are always waiting for some microseconds; ten at once are a pile-up.
             lock_waiters: 10,
             active_sessions: None,
-            // vacuum_failsafe_age
+            oldest_transaction: None,
+            dead_rows_percent: None,
+            // vacuum_failsafe_age, vacuum_multixact_failsafe_age
             xid_age: 1_600_000_000,
+            multixact_age: 1_600_000_000,
+            // Far beyond any disk that is not in trouble; pacing looks at much less.
+            commit_latency: Duration::from_millis(500),
             probe_latency: Duration::from_secs(1),
             give_way_after: Duration::from_millis(100),
+            pace: Pace::Auto,
             duty: 1.0,
+            latency_budget: 1.25,
             ignore: Vec::new(),
+            critical: BTreeMap::new(),
             queries: Vec::new(),
+            http: Vec::new(),
             windows: Vec::new(),
         }
     }
 }
 
-impl Window {
-    /// Minutes from midnight: open and close; and the offset from UTC. `None`: not written as wanted.
-    pub fn minutes(&self) -> Option<(u32, u32, i32)> {
-        let clock = |text: &str| -> Option<u32> {
-            let (h, m) = text.split_once(':')?;
-            let (h, m): (u32, u32) = (h.parse().ok()?, m.parse().ok()?);
-            (h < 24 && m < 60 && text.len() == 5).then_some(h * 60 + m)
-        };
-        let offset = match self.utc_offset.as_deref() {
-            None => 0,
-            Some(text) => {
-                let sign = match text.chars().next()? {
-                    '+' => 1,
-                    '-' => -1,
-                    _ => return None,
-                };
-                let minutes = clock(&text[1..])? as i32;
-                (minutes <= 14 * 60).then_some(sign * minutes)?
+impl Throttle {
+    /// The limit of one of our own signals, as far as the job alone knows it, in the signal's unit.
+    fn limit(&self, signal: &str) -> Option<f64> {
+        match signal {
+            "replica_lag" => Some(self.replica_lag.as_secs_f64()),
+            "replica_lag_bytes" => Some(self.replica_lag_mb as f64),
+            "slot_retained" => Some(self.slot_retained_mb as f64),
+            "slot_safe" => self.slot_safe_mb.map(|mb| mb as f64),
+            "wal_rate" => self.wal_mb_per_second.map(|mb| mb as f64),
+            "lock_waiters" => Some(f64::from(self.lock_waiters)),
+            "active_sessions" => self.active_sessions.map(f64::from),
+            "oldest_transaction" => Some(self.oldest_transaction.unwrap_or(OLDEST_TRANSACTION).as_secs_f64()),
+            "dead_rows" => self.dead_rows_percent.map(f64::from),
+            "xid_age" => Some(f64::from(self.xid_age)),
+            "multixact_age" => Some(f64::from(self.multixact_age)),
+            "commit_latency" => Some(self.commit_latency.as_secs_f64()),
+            "probe_latency" => Some(self.probe_latency.as_secs_f64()),
+            other => {
+                let query = other.strip_prefix("query_")?;
+                self.queries.iter().find(|q| q.name == query)?.max
             }
-        };
-        Some((clock(&self.from)?, clock(&self.to)?, offset))
+        }
     }
 
-    /// Whether it is open at `unix` (seconds).
-    pub fn is_open(&self, unix: i64) -> bool {
-        let Some((from, to, offset)) = self.minutes() else { return false };
-        let local = unix + i64::from(offset) * 60;
-        let minute = (local.rem_euclid(86_400) / 60) as u32;
-        let on = |days_back: i64| {
-            // The first of January 1970 was a Thursday.
-            let day = (local.div_euclid(86_400) - days_back + 3).rem_euclid(7);
-            let days = [Day::Mon, Day::Tue, Day::Wed, Day::Thu, Day::Fri, Day::Sat, Day::Sun];
-            self.days.is_empty() || days.get(day as usize).is_some_and(|d| self.days.contains(d))
-        };
-        if from < to {
-            (from..to).contains(&minute) && on(0)
-        } else {
-            (minute >= from && on(0)) || (minute < to && on(1))
-        }
-    }
-}
-
-/// What is wrong with it, one line each.
-pub fn problems(t: &Throttle) -> Vec<String> {
-    let mut out = Vec::new();
-    let ms = Duration::from_millis;
-    let mut between = |key: &str, value: Duration, low: Duration, high: Duration| {
-        if value < low || value > high {
-            let text = |d| humantime::format_duration(d).to_string();
-            out.push(format!("throttle.{key}: expected {} to {}, found {}", text(low), text(high), text(value)));
-        }
-    };
-    between("every", t.every, ms(100), ms(60_000));
-    between("replica_lag", t.replica_lag, ms(1), ms(86_400_000));
-    between("probe_latency", t.probe_latency, ms(10), ms(60_000));
-    between("give_way_after", t.give_way_after, ms(20), ms(5000));
-    if !(0.01..=1.0).contains(&t.duty) {
-        out.push(format!("throttle.duty: expected 0.01 to 1, found {}", t.duty));
-    }
-    for (key, value) in [("replica_lag_mb", t.replica_lag_mb), ("slot_retained_mb", t.slot_retained_mb)] {
-        if value == 0 {
-            out.push(format!(
-                "throttle.{key}: 0 would never let a batch run; to leave the signal out, name it in ignore"
-            ));
-        }
-    }
-    if t.active_sessions.is_some_and(|n| n < 2) {
-        out.push("throttle.active_sessions: expected 2 or more, since the daemon is one itself".into());
-    }
-    for name in t.ignore.iter().filter(|n| !IGNORABLE.contains(&n.as_str())) {
-        out.push(format!("throttle.ignore: unknown signal {name:?}; expected one of {}", IGNORABLE.join(", ")));
-    }
-    let mut names = BTreeSet::new();
-    for (i, q) in t.queries.iter().enumerate() {
-        let fine = (1..=30).contains(&q.name.len())
-            && q.name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-        if !fine || !names.insert(&q.name) {
-            out.push(format!("throttle.queries[{i}].name: expected 1 to 30 of a-z 0-9 _, unique; found {:?}", q.name));
-        }
-        if q.max.is_some_and(|m| !m.is_finite()) {
-            out.push(format!("throttle.queries[{i}].max: expected a number"));
-        }
-        if q.sql.trim_end().ends_with(';') || q.sql.trim().is_empty() {
-            out.push(format!("throttle.queries[{i}].sql: expected one SELECT without a semicolon"));
-        }
-    }
-    for (i, w) in t.windows.iter().enumerate() {
-        match w.minutes() {
-            None => out.push(format!(
-                "throttle.windows[{i}]: expected from and to as HH:MM, utc_offset as +HH:MM; found {:?}, {:?}, {:?}",
-                w.from, w.to, w.utc_offset
-            )),
-            Some((from, to, _)) if from == to => {
-                out.push(format!("throttle.windows[{i}]: it opens and closes at {}, so it never opens", w.from));
-            }
-            Some(_) => {}
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn window(days: &[Day], from: &str, to: &str, offset: Option<&str>) -> Window {
-        Window { days: days.to_vec(), from: from.into(), to: to.into(), utc_offset: offset.map(str::to_owned) }
-    }
-
-    #[test]
-    fn windows_open_and_close_across_midnight_and_zones() {
-        // 2026-11-24 was a Tuesday.
-        let at = |hour: i64, minute: i64| 1_795_478_400 + hour * 3600 + minute * 60;
-        let night = window(&[Day::Tue], "22:00", "04:00", None);
-        assert!(!night.is_open(at(3, 0)), "that is Monday's night");
-        assert!(!night.is_open(at(21, 59)) && night.is_open(at(22, 0)) && night.is_open(at(27, 59)));
-        assert!(!night.is_open(at(28, 0)));
-        let noon = window(&[], "12:00", "13:00", Some("+02:00"));
-        assert!(noon.is_open(at(10, 30)) && !noon.is_open(at(12, 30)));
-        assert!(window(&[Day::Mon], "23:00", "23:30", Some("-05:00")).is_open(at(4, 10)));
-    }
-
-    #[test]
-    fn impossible_limits_are_named() {
-        let bad = Throttle {
-            every: Duration::ZERO,
-            duty: 0.0,
-            slot_retained_mb: 0,
-            active_sessions: Some(1),
-            ignore: vec!["lag".into()],
-            queries: vec![Query { name: "No".into(), sql: "select 1;".into(), max: None }],
-            windows: vec![window(&[], "10:00", "10:00", None), window(&[], "25:00", "1", Some("CET"))],
-            ..Default::default()
-        };
-        let found = problems(&bad).join("\n");
-        for part in [
-            "throttle.every: expected 100ms to 1m",
-            "throttle.duty",
-            "slot_retained_mb",
-            "active_sessions",
-            "unknown signal \"lag\"",
-            "queries[0].name",
-            "queries[0].sql",
-            "windows[0]: it opens and closes",
-            "windows[1]",
-        ] {
-            assert!(found.contains(part), "{part}\n{found}");
-        }
-        assert_eq!(problems(&Throttle::default()), Vec::<String>::new());
+    /// Whether a signal is wanted.
+    pub fn wants(&self, signal: &str) -> bool {
+        !self.ignore.iter().any(|i| i == signal)
     }
 }

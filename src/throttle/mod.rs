@@ -2,7 +2,12 @@
 //! looks at the latest verdict. Blind means stop (I10): no verdict, an old one, or a signal that cannot be read is "wait".
 
 pub mod blocking;
+mod database;
+pub mod endpoint;
+mod monitor;
+pub mod operator;
 pub mod probe;
+mod replication;
 pub mod signal;
 
 use std::sync::Arc;
@@ -13,10 +18,10 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use self::blocking::Batches;
-use self::signal::{Judge, Reading};
+use self::signal::Reading;
 use crate::context::Context;
-use crate::error::{Error, Result};
-use crate::ledger::{event, job as jobs, lease};
+use crate::error::Result;
+use crate::ledger::event;
 use crate::live::Tunables;
 use crate::metrics;
 use crate::pg::connect::Session;
@@ -54,8 +59,10 @@ impl Throttle {
         sessions.for_each(|s| batches.add(s));
         let first = Verdict { at: Instant::now(), waits: vec![Reading::no("probe", "nothing was measured yet")] };
         let (sender, verdicts) = watch::channel(first);
-        let tasks =
-            [tokio::spawn(measure(ctx.clone(), sender)), tokio::spawn(give_way(ctx.clone(), Arc::clone(&batches)))];
+        let tasks = [
+            tokio::spawn(monitor::run(ctx.clone(), sender)),
+            tokio::spawn(give_way(ctx.clone(), Arc::clone(&batches))),
+        ];
         Self { verdicts, batches, tasks }
     }
 
@@ -72,13 +79,13 @@ impl Throttle {
             let old = verdict.at.elapsed();
             // Two measurements may fail to come before the last one counts as old.
             let stale_after = ctx.live.now().throttle.every * 2 + probe::QUERY_TIMEOUT;
-            let why = if old > stale_after {
-                Some(Reading::no("probe", format!("nothing could be measured for {} s", old.as_secs())))
+            let waits = if old > stale_after {
+                vec![Reading::no("probe", format!("nothing could be measured for {} s", old.as_secs()))]
             } else {
-                verdict.waits.first().cloned()
+                verdict.waits
             };
-            let Some(why) = why else { return Ok(()) };
-            ctx.progress.update(|p| p.note = format!("waiting: {}", why.text()));
+            let Some(strictest) = waits.first() else { return Ok(()) };
+            ctx.progress.update(|p| p.note = format!("waiting: {}", signal::text(&waits)));
             let began = Instant::now();
             tokio::select! {
                 // An error would come at once, again and again: then the time goes on instead.
@@ -87,7 +94,7 @@ impl Throttle {
                 () = ctx.stopping() => {}
             }
             if counts {
-                metrics::throttled_for(ctx.job(), &why.signal, began.elapsed());
+                metrics::throttled_for(ctx.job(), &strictest.signal, began.elapsed());
             }
             ctx.check()?;
             if looked.elapsed() > LOOK_AT_STATUS {
@@ -130,89 +137,6 @@ impl Throttle {
     fn pause(now: &Tunables, took: Duration) -> Duration {
         let duty = now.throttle.duty;
         now.batching.pause + took.mul_f64((1.0 - duty) / duty)
-    }
-}
-
-/// Measures over and over.
-async fn measure(ctx: Context, verdicts: watch::Sender<Verdict>) {
-    let mut session: Option<Session> = None;
-    let mut judge = Judge::default();
-    let mut said: Option<String> = None;
-    let mut changes = ctx.live.changes();
-    loop {
-        let every = changes.borrow_and_update().throttle.every;
-        let readings = match pass(&ctx, &mut session).await {
-            Ok(readings) => readings,
-            Err(e) => {
-                session = None;
-                vec![Reading::no("probe", format!("the signals cannot be measured: {}", e.line()))]
-            }
-        };
-        let waits = judge.judge(&readings);
-        for r in &readings {
-            let waiting = waits.iter().any(|w| w.signal == r.signal);
-            metrics::signal(ctx.job(), &r.signal, r.observed, r.threshold, waiting);
-        }
-        // Not at each change of a value.
-        let why = waits.first().map(|r| if r.refuses { r.text() } else { r.signal.clone() }).unwrap_or_default();
-        if said.as_ref() != Some(&why) {
-            let first = said.replace(why).is_none();
-            tell(&ctx, waits.first(), first).await;
-        }
-        if verdicts.send(Verdict { at: Instant::now(), waits }).is_err() {
-            return;
-        }
-        // Other limits are looked at at once.
-        let _ = tokio::time::timeout(every, changes.changed()).await;
-    }
-}
-
-async fn pass(ctx: &Context, session: &mut Option<Session>) -> Result<Vec<Reading>> {
-    if session.is_none() {
-        let new = ctx.connect("throttle").await?;
-        new.client.batch_execute(&probe::session_settings()).await?;
-        *session = Some(new);
-    }
-    let session = session.as_ref().ok_or_else(|| Error::internal("no session"))?;
-    // The server's own timeouts do not help when it has stopped to answer.
-    let throttle = &ctx.live.now().throttle;
-    let patience = probe::QUERY_TIMEOUT * (2 + throttle.queries.len() as u32);
-    tokio::time::timeout(patience, probe::measure(&session.client, throttle))
-        .await
-        .map_err(|_| Error::internal("the server does not answer"))?
-}
-
-/// Says once per change why batches wait, in the log and in the ledger, where `status` finds it from any machine.
-/// `first`: nothing was said before; then a reason that an earlier run left behind is taken back in silence.
-async fn tell(ctx: &Context, why: Option<&Reading>, first: bool) {
-    let text = why.map(|r| format!("waiting: {}", r.text())).unwrap_or_default();
-    match why {
-        Some(r) => {
-            warn!(
-                job = ctx.job(),
-                signal = r.signal,
-                observed = r.observed,
-                threshold = r.threshold,
-                "batches wait: {}",
-                r.text()
-            );
-        }
-        None if first => {}
-        None => info!(job = ctx.job(), "batches go on"),
-    }
-    let stored = async {
-        let mut client = ctx.client().await?;
-        let tx = client.transaction().await?;
-        lease::fence(&*tx, &ctx.lease).await?;
-        jobs::set_status(&*tx, ctx.job(), &[Status::Running], Status::Running, &text, "").await?;
-        if why.is_some() || !first {
-            let detail = serde_json::json!({ "wait": why.is_some(), "reason": text });
-            event::record(&*tx, ctx.job(), "throttle", detail).await?;
-        }
-        Ok::<_, Error>(tx.commit().await?)
-    };
-    if let Err(e) = stored.await {
-        warn!(job = ctx.job(), "the reason could not be stored: {e}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Readings and what follows from them; pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A waiting signal lets go only this far inside of its limit, so that it does not flutter.
 const RELEASE: f64 = 0.8;
@@ -81,9 +81,45 @@ impl Reading {
     }
 }
 
+/// Several, the first one first.
+pub fn text(readings: &[Reading]) -> String {
+    readings.iter().map(Reading::text).collect::<Vec<_>>().join("; ")
+}
+
 fn short(value: f64) -> String {
     let digits = if value.fract() == 0.0 || value.abs() >= 100.0 { 0 } else { 2 };
     format!("{value:.digits$}")
+}
+
+/// The worst of several, and whose it is.
+#[derive(Default)]
+pub struct Worst {
+    value: f64,
+    whose: String,
+}
+
+impl Worst {
+    /// Looks at one more.
+    pub fn see(&mut self, value: f64, whose: &str) {
+        if value > self.value {
+            self.value = value;
+            self.whose = whose.to_owned();
+        }
+    }
+
+    /// As a reading with a ceiling.
+    pub fn reading(self, signal: &str, threshold: f64, unit: &'static str) -> Reading {
+        Reading::at_most(signal, self.value, threshold, unit).of(self.whose)
+    }
+}
+
+/// The reading that is beyond its critical limit, if one is. One that could not be read is not: it waits.
+pub fn critical<'a>(readings: &'a [Reading], limits: &BTreeMap<String, f64>) -> Option<(&'a Reading, f64)> {
+    readings.iter().filter(|r| !r.refuses).find_map(|r| {
+        let limit = *limits.get(&r.signal)?;
+        let beyond = if r.is_floor { r.observed < limit } else { r.observed > limit };
+        beyond.then_some((r, limit))
+    })
 }
 
 /// Remembers which signals wait.
@@ -143,6 +179,17 @@ mod tests {
         assert_eq!(found[1].text(), "slot_safe is 100 MB, at least 1000 MB wanted (slot cdc)");
         assert_eq!(found[0].text(), "query:x: it gave no row");
         assert_eq!(Reading::at_least("s", 0.0, 5.0, "").excess(), 5.0 / f64::MIN_POSITIVE);
+    }
+
+    #[test]
+    fn critical_is_beyond_a_limit_of_its_own_and_never_what_cannot_be_read() {
+        let limits: BTreeMap<String, f64> = [("replica_lag".into(), 60.0), ("slot_safe".into(), 100.0)].into();
+        assert_eq!(critical(&lag(60.0), &limits), None);
+        assert!(critical(&lag(60.1), &limits).is_some());
+        assert!(critical(&[Reading::at_least("slot_safe", 99.0, 256.0, "MiB")], &limits).is_some());
+        assert_eq!(critical(&[Reading::at_least("slot_safe", 100.0, 256.0, "MiB")], &limits), None);
+        assert_eq!(critical(&[Reading::no("replica_lag", "gone")], &limits), None);
+        assert_eq!(critical(&[Reading::at_most("xid_age", 1e12, 1.0, "")], &limits), None);
     }
 
     proptest! {

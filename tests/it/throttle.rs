@@ -119,10 +119,7 @@ async fn a_slot_that_retains_too_much_stops_batches_until_it_is_gone() {
 async fn a_batch_that_keeps_the_application_waiting_is_cancelled() {
     let (job, db) = (job("give_way_after = \"20ms\""), TestDb::new(Template::Rows(600)).await);
     let ledger = Ledger::new(&db).await;
-    // Expand has to be over: the holder's table lock would be in its way.
-    job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
-    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(5, "hold point");
-    Cli::new(&db).run(&["cutover", JOB]).await.expect(0, "");
+    expanded(&db, &job).await;
     let holder = db.session("holder", APP_OWNER).await;
     let mut waiter = db.session("waiter", APP_OWNER).await;
     // The batch gets some rows and then waits for this one; meanwhile somebody wants all the others.
@@ -149,6 +146,121 @@ async fn a_batch_that_keeps_the_application_waiting_is_cancelled() {
 }
 
 #[tokio::test]
+async fn beyond_a_critical_limit_the_job_is_paused_until_an_operator_resumes_it() {
+    let depth = "[throttle.critical]\nquery_depth = 10\n\
+                 [[throttle.queries]]\nname = \"depth\"\nsql = \"select public.depth()\"\nmax = 5";
+    let (job, db) = (job(depth), TestDb::new(Template::Rows(600)).await);
+    let ledger = Ledger::new(&db).await;
+    let set = async |n: i32| {
+        let sql = format!("create or replace function public.depth() returns int language sql as 'select {n}'");
+        ledger.run(&sql).await;
+    };
+    set(7).await;
+    let daemon = Cli::new(&db).start(&["run", job.path()]);
+    waits_for(&ledger, "query_depth is 7, at most 5 wanted").await;
+    set(11).await;
+    ledger.wait_status("paused").await;
+    assert!(ledger.reason().await.starts_with("critical: query_depth is 11"), "{}", ledger.reason().await);
+    assert_eq!(ledger.unfilled().await, 600, "not one batch");
+    // Below the limit it does not go on by itself, and neither does its successor.
+    set(0).await;
+    daemon.signal("TERM");
+    daemon.ended().await;
+    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
+    let taken = "select exists (select from backfilld.lease where expires_at > clock_timestamp())";
+    wait_until("the successor is there", async || ledger.is(taken).await).await;
+    assert_eq!((ledger.status().await, ledger.unfilled().await), ("paused".to_owned(), 600));
+    Cli::new(&db).run(&["resume", JOB]).await.expect(0, "");
+    daemon.ended().await.expect(0, "done");
+    assert_eq!(ledger.unfilled().await, 0);
+    assert_eq!(ledger.number("select count(*) from backfilld.event where kind = 'critical'").await, 1);
+}
+
+#[tokio::test]
+async fn an_endpoint_is_asked_and_every_reason_is_told_at_once() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}/check", listener.local_addr().expect("an address"));
+    let fine = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let answers = fine.clone();
+    let server = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.read(&mut [0; 1024]).await;
+            let status = if answers.load(std::sync::atomic::Ordering::Relaxed) { "200 OK" } else { "429 Too Many" };
+            let _ = stream.write_all(format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n").as_bytes()).await;
+        }
+    });
+    let endpoint = format!("{GATE}\n[[throttle.http]]\nname = \"freno\"\nurl = \"{url}\"");
+    let (job, db) = (job(&endpoint), TestDb::new(Template::Rows(600)).await);
+    let ledger = Ledger::new(&db).await;
+    gate(&ledger, "return false").await;
+    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
+    waits_for(&ledger, "query_gate: the query says no; http_freno: it answers 429").await;
+    gate(&ledger, "return true").await;
+    waits_for(&ledger, "waiting: http_freno: it answers 429").await;
+    assert_eq!(ledger.unfilled().await, 600, "not one batch");
+    fine.store(true, std::sync::atomic::Ordering::Relaxed);
+    daemon.ended().await.expect(0, "done");
+    server.abort();
+    // Nobody listens there any more.
+    let _ = server.await;
+    let ended = Cli::new(&db).run(&["check", job.path()]).await;
+    let told = ended.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(ended.code != Some(0) && told.contains("throttle endpoint freno: cannot connect"), "{ended:#?}");
+}
+
+/// The job held before its first batch, so that a lock on the table is not in the way of Expand.
+async fn expanded(db: &TestDb, job: &JobDir) {
+    job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
+    Cli::new(db).run(&["run", "--once", job.path()]).await.expect(5, "hold point");
+    Cli::new(db).run(&["cutover", JOB]).await.expect(0, "");
+}
+
+#[tokio::test]
+async fn an_old_transaction_stops_batches_until_it_ends() {
+    let (job, db) = (job("oldest_transaction = \"1s\""), TestDb::new(Template::Rows(600)).await);
+    let ledger = Ledger::new(&db).await;
+    expanded(&db, &job).await;
+    let report = db.session("report", APP_OWNER).await;
+    report.run("begin isolation level repeatable read; select 1").await;
+    let old = format!(
+        "select xact_start < clock_timestamp() - interval '1 s' from pg_stat_activity where pid = {}",
+        report.pid()
+    );
+    wait_until("it is old enough", async || ledger.is(&old).await).await;
+    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
+    waits_for(&ledger, &format!("oldest_transaction is%pid {} of {APP_OWNER}", report.pid())).await;
+    assert_eq!(ledger.unfilled().await, 600, "not one batch");
+    report.run("commit").await;
+    daemon.ended().await.expect(0, "done");
+}
+
+#[tokio::test]
+async fn a_vacuum_against_wraparound_on_the_target_stops_batches() {
+    let (job, db) = (job(""), TestDb::new(Template::Rows(600)).await);
+    let ledger = Ledger::new(&db).await;
+    expanded(&db, &job).await;
+    // The least that the server allows. Each exception block takes a transaction id.
+    ledger
+        .run(
+            "alter table public.messages set (autovacuum_freeze_max_age = 100000, autovacuum_enabled = off);
+             create temp table burn (n int);
+             do $$ begin for n in 1..100100 loop
+               begin insert into burn values (n); exception when others then null; end;
+             end loop; end $$",
+        )
+        .await;
+    // As a vacuum does; a real one of 600 rows would be over too soon.
+    let vacuum = db.session("vacuum", APP_OWNER).await;
+    vacuum.run("begin; lock table public.messages in share update exclusive mode").await;
+    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
+    waits_for(&ledger, "wraparound_vacuum: a vacuum against wraparound is at work on public.messages").await;
+    assert_eq!(ledger.unfilled().await, 600, "not one batch");
+    vacuum.run("commit").await;
+    daemon.ended().await.expect(0, "done");
+}
+
+#[tokio::test]
 async fn a_throttle_that_cannot_be_is_refused_with_its_key() {
     let db = TestDb::new(Template::Rows(600)).await;
     for (text, said) in [
@@ -156,6 +268,11 @@ async fn a_throttle_that_cannot_be_is_refused_with_its_key() {
         ("lag = 3", "unknown field `lag`"),
         ("ignore = [\"cpu\"]", "unknown signal \"cpu\""),
         ("[[throttle.windows]]\nfrom = \"01:00\"\nto = \"01:00\"", "never opens"),
+        ("[[throttle.windows]]\nfrom = \"01:00\"\nto = \"02:00\"\ntime_zone = \"Mars/Base\"", "Mars/Base"),
+        ("[throttle.critical]\nlag = 3", "unknown signal \"lag\""),
+        ("[throttle.critical]\nreplica_lag = 3", "expected a limit above 5 s"),
+        ("[[throttle.http]]\nname = \"a\"\nurl = \"https://x/\"", "throttle.http[0].url"),
+        ("pace = \"fast\"", "pace"),
     ] {
         Cli::new(&db).run(&["check", job(text).path()]).await.expect(2, said);
     }
@@ -166,6 +283,7 @@ async fn a_throttle_that_cannot_be_is_refused_with_its_key() {
         ("select null::int", "max = 3", "found NULL"),
         ("select true", "max = 3", "which has no max"),
         ("select no from where", "max = 3", "syntax error"),
+        ("select 1 from pg_sleep(60)", "max = 3", "no result within 2 s"),
     ] {
         let job = job(&format!("[[throttle.queries]]\nname = \"q\"\nsql = \"{sql}\"\n{max}"));
         let ended = Cli::new(&db).run(&["check", job.path()]).await;
