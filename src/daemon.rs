@@ -132,6 +132,7 @@ impl Daemon {
         let job = jobs::register(&session.client, &self.spec).await?;
         metrics::job_started(self.job());
         *started = true;
+        self.progress.update(|p| p.entered = true);
         if job.status == Status::RolledBack {
             return Err(Error::refused(format!("job {} was rolled back", self.job()))
                 .with_hint(format!("to run it again, forget it first: backfilld uninstall {}", self.job())));

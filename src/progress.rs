@@ -9,6 +9,8 @@ use tokio::sync::watch;
 /// A moment of a job's run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Snapshot {
+    /// The job stands in the ledger: this daemon works on it, or waits for its lease.
+    pub entered: bool,
     /// Phase or status, in one word.
     pub phase: String,
     /// What is happening or waited for, in a few words.

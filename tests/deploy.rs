@@ -100,3 +100,15 @@ fn files_that_container_and_compose_copy_or_mount_are_there() {
         }
     }
 }
+
+/// Each directory of secrets and settings that the unit promises is one that the daemon reads, and the start is the kind
+/// that the daemon speaks.
+#[test]
+fn the_unit_waits_for_what_the_daemon_says() {
+    let unit = text("deploy/systemd/backfilld@.service");
+    for line in
+        ["Type=notify", "NotifyAccess=main", "WatchdogSec=30", "LoadCredential=password:/etc/backfilld/password"]
+    {
+        assert!(unit.lines().any(|l| l == line), "{line}");
+    }
+}

@@ -13,6 +13,7 @@ use crate::daemon::Daemon;
 use crate::demo::summary::{DriveReport, PhaseDuration};
 use crate::demo::{self, DemoWorld, Options};
 use crate::error::{Error, Result};
+use crate::http::Pulse;
 use crate::job::JobSpec;
 use crate::job::load::parse;
 use crate::ledger::checkpoint;
@@ -69,7 +70,7 @@ pub async fn run(global: &Global, args: DemoArgs) -> Result<()> {
     if args.keep {
         let daemon = Daemon::new(settings(&base, &cluster.url(demo::sample::DAEMON, demo::DATABASE)), spec, false)?;
         let stop = CancellationToken::new();
-        let server = serve_http(&daemon, stop.clone()).await?;
+        let server = serve_http(&daemon, &Pulse::new(), stop.clone()).await?;
         let serving = demo::serve_until_ctrl_c(cluster);
         tokio::pin!(serving);
         tokio::select! {

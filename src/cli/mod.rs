@@ -10,6 +10,7 @@ mod plan;
 mod reference;
 mod rollback;
 mod run;
+mod service_manager;
 mod status;
 mod uninstall;
 mod verify;

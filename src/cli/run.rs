@@ -11,9 +11,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::Global;
+use super::service_manager::ServiceManager;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
-use crate::http::{self, HttpState, Readiness};
+use crate::http::{self, HttpState, Pulse, Readiness};
 use crate::phase::Status;
 use crate::progress::Progress;
 use crate::{job, metrics};
@@ -35,7 +36,12 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     let daemon = Daemon::new(settings, spec, args.once)?;
     signals(daemon.shutdown.clone())?;
     let http_stop = CancellationToken::new();
-    let server = serve_http(&daemon, http_stop.clone()).await?;
+    let pulse = Pulse::new();
+    let server = serve_http(&daemon, &pulse, http_stop.clone()).await?;
+    if let Some(manager) = ServiceManager::of_this_process() {
+        tokio::spawn(manager.tell(pulse.clone(), daemon.progress.clone(), daemon.shutdown.clone()));
+    }
+    tokio::spawn(async move { pulse.keep().await });
     let bar = on_terminal.then(|| tokio::spawn(show(daemon.progress.clone())));
     let result = daemon.run().await;
     if let Some(bar) = bar {
@@ -61,7 +67,7 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
 }
 
 /// Metrics and health, if the settings want them.
-pub async fn serve_http(daemon: &Daemon, stop: CancellationToken) -> Result<Option<JoinHandle<()>>> {
+pub async fn serve_http(daemon: &Daemon, pulse: &Pulse, stop: CancellationToken) -> Result<Option<JoinHandle<()>>> {
     let handle =
         metrics::install().map_err(|e| Error::internal("cannot install the metrics recorder").with_source(e))?;
     let Some(address) = daemon.settings.http.address()? else { return Ok(None) };
@@ -70,6 +76,7 @@ pub async fn serve_http(daemon: &Daemon, stop: CancellationToken) -> Result<Opti
         let pool = pool.clone();
         async move { readiness(&pool).await }
     });
+    let state = state.with_pulse(pulse.clone());
     Ok(Some(http::serve(address, state, stop).await?.1))
 }
 

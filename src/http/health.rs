@@ -41,32 +41,46 @@ impl Readiness {
 
 /// A heartbeat that a task of the event loop stamps.
 #[derive(Clone)]
-pub(super) struct Pulse {
+pub struct Pulse {
     start: Instant,
     /// Milliseconds from `start` to the last beat.
     last_ms: Arc<AtomicU64>,
 }
 
+impl Default for Pulse {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Pulse {
-    pub(super) fn new() -> Self {
+    /// A pulse that beats now.
+    pub fn new() -> Self {
         Self { start: Instant::now(), last_ms: Arc::new(AtomicU64::new(0)) }
     }
 
+    /// A pulse whose event loop hangs.
+    #[cfg(test)]
+    pub(crate) fn stopped_a_minute_ago() -> Self {
+        let start = Instant::now().checked_sub(Duration::from_secs(60)).expect("a machine that is up for a minute");
+        Self { start, last_ms: Arc::new(AtomicU64::new(0)) }
+    }
+
     /// Beats until dropped.
-    pub(super) async fn keep(&self) {
+    pub async fn keep(&self) {
         loop {
             self.beat();
             tokio::time::sleep(BEAT).await;
         }
     }
 
-    fn beat(&self) {
+    pub(crate) fn beat(&self) {
         let now = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last_ms.store(now, Ordering::Relaxed);
     }
 
     /// The age of the last beat if that is too long ago.
-    pub(super) fn stale(&self) -> Option<Duration> {
+    pub fn stale(&self) -> Option<Duration> {
         let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));
         let age = self.start.elapsed().saturating_sub(last);
         (age > STALE).then_some(age)
@@ -111,8 +125,7 @@ mod tests {
 
     #[test]
     fn a_pulse_that_stopped_is_stale() {
-        let long_ago = Instant::now().checked_sub(Duration::from_secs(60)).expect("a machine that is up for a minute");
-        let pulse = Pulse { start: long_ago, last_ms: Arc::new(AtomicU64::new(0)) };
+        let pulse = Pulse::stopped_a_minute_ago();
         assert!(pulse.stale().is_some_and(|age| age >= Duration::from_secs(60)));
         pulse.beat();
         assert_eq!(pulse.stale(), None);

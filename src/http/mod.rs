@@ -22,9 +22,9 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
-use health::{Pulse, Ready};
+use health::Ready;
 
-pub use health::Readiness;
+pub use health::{Pulse, Readiness};
 
 /// The exposition format of Prometheus that we render.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -58,6 +58,12 @@ impl HttpState {
         Fut: Future<Output = Readiness> + Send + 'static,
     {
         Self { metrics, pulse: Pulse::new(), ready: Arc::new(Ready::new(check)) }
+    }
+
+    /// With a pulse that others look at as well.
+    #[must_use]
+    pub fn with_pulse(self, pulse: Pulse) -> Self {
+        Self { pulse, ..self }
     }
 }
 

@@ -21,6 +21,7 @@ mod lint;
 mod preflight;
 mod proof;
 mod rollback;
+mod service;
 mod sync_access;
 mod sync_contract;
 mod sync_cost;

@@ -155,6 +155,8 @@ impl Ended {
 #[derive(Clone)]
 pub struct Cli {
     env: BTreeMap<String, String>,
+    /// What starts it, before the binary.
+    wrapper: Vec<&'static str>,
 }
 
 impl Cli {
@@ -170,7 +172,14 @@ impl Cli {
             ("BACKFILLD_LEASE__TTL", "3s"),
             ("BACKFILLD_DDL__RETRY_MAX_WAIT", "100ms"),
         ];
-        Self { env: env.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect() }
+        Self { env: env.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(), wrapper: Vec::new() }
+    }
+
+    /// As process 1 of a namespace of its own, as in a container.
+    #[must_use]
+    pub fn in_pid_namespace(mut self) -> Self {
+        self.wrapper = vec!["unshare", "--pid", "--fork", "--kill-child"];
+        self
     }
 
     #[must_use]
@@ -180,7 +189,11 @@ impl Cli {
     }
 
     pub fn start(&self, args: &[&str]) -> Process {
-        let child = Command::new(env!("CARGO_BIN_EXE_backfilld"))
+        let mut command = Command::new(self.wrapper.first().unwrap_or(&env!("CARGO_BIN_EXE_backfilld")));
+        if let Some((_, rest)) = self.wrapper.split_first() {
+            command.args(rest).arg(env!("CARGO_BIN_EXE_backfilld"));
+        }
+        let child = command
             .args(args)
             .envs(&self.env)
             .stdin(Stdio::null())
@@ -212,6 +225,14 @@ impl Process {
         let pid = self.pid().to_string();
         let sent = std::process::Command::new("kill").args(["-s", name, &pid]).status().expect("kill");
         assert!(sent.success(), "kill -s {name} {pid}");
+    }
+
+    /// The same for the process that a wrapper started.
+    pub fn signal_child(&self, name: &str) {
+        let pid = self.pid();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("readable");
+        let sent = std::process::Command::new("kill").args(["-s", name, children.trim()]).status().expect("kill");
+        assert!(sent.success(), "kill -s {name} {children}");
     }
 
     pub async fn ended(mut self) -> Ended {
