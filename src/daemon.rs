@@ -5,6 +5,7 @@
 
 mod heartbeat;
 mod phases;
+mod recall;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,7 +27,7 @@ use crate::pg::pool::Pool;
 use crate::phase::{Phase, Status};
 use crate::plan::Facts;
 use crate::preflight::{self, PreflightOptions};
-use crate::progress::Progress;
+use crate::progress::{LeaseState, Progress};
 use crate::settings::Settings;
 
 /// What to run, and for whom.
@@ -56,12 +57,17 @@ impl Daemon {
     pub fn new(settings: Settings, spec: JobSpec, once: bool) -> Result<Self> {
         let connector = Connector::new(&settings.database)?;
         let pool = Pool::new(&connector, &settings.database, "pool")?;
+        let progress = Progress::default();
+        progress.update(|p| {
+            p.job = spec.name.clone();
+            p.instance = settings.instance.clone();
+        });
         Ok(Self {
             settings: Arc::new(settings),
             spec: Arc::new(spec),
             once,
             shutdown: CancellationToken::new(),
-            progress: Progress::default(),
+            progress,
             connector,
             pool,
         })
@@ -193,6 +199,8 @@ impl Daemon {
                 Ok(Acquired::Yes(lease)) => {
                     info!(job = self.job(), epoch = lease.epoch, instance = self.settings.instance, "lease acquired");
                     metrics::lease(self.job(), true, lease.epoch);
+                    let holder = self.settings.instance.clone();
+                    self.progress.update(|p| p.lease = LeaseState { is_ours: true, holder, epoch: lease.epoch });
                     return Ok((lease, asked));
                 }
                 Ok(Acquired::HeldBy { instance, expires_in }) => {
@@ -207,8 +215,10 @@ impl Daemon {
                     }
                     metrics::lease(self.job(), false, 0);
                     self.progress.update(|p| {
+                        p.rest();
                         p.phase = "standby".into();
                         p.note = format!("{instance} holds the lease");
+                        p.lease = LeaseState { is_ours: false, holder: instance, epoch: 0 };
                     });
                 }
                 // A takeover waits for the batch in flight, and gives up at lock_timeout.
@@ -232,6 +242,9 @@ impl Daemon {
                 return Err(e);
             }
         };
+        if let Err(e) = recall::recall(&session.client, self.job(), &self.progress).await {
+            warn!(job = self.job(), sqlstate = e.sqlstate(), "what went before cannot be shown: {e}");
+        }
         let ctx = Context {
             settings: Arc::clone(&self.settings),
             spec: Arc::clone(&self.spec),
@@ -252,6 +265,7 @@ impl Daemon {
         {
             metrics::lease_lost(self.job());
         }
+        self.progress.update(|p| p.lease.is_ours = false);
         heartbeat.abort();
         // Awaited so that its connection is closed before the lease is given back.
         let _ = heartbeat.await;

@@ -294,6 +294,14 @@ pub fn throttled_for(job: &str, signal: &str, time: Duration) {
     counter!(THROTTLED_SECONDS, "job" => job.to_owned(), "signal" => signal.to_owned()).increment(whole);
 }
 
+/// No signal holds the job back: nothing is measured now.
+pub fn not_throttled(job: &str) {
+    let rests = THROTTLED_REST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for (_, signal) in rests.keys().filter(|(j, _)| j == job) {
+        gauge!(THROTTLED, "job" => job.to_owned(), "signal" => signal.clone()).set(0.0);
+    }
+}
+
 /// An attempt at DDL ended: `outcome` is one of [`DDL_OUTCOMES`]; `wait` is the time until the lock was there or given
 /// up.
 pub fn ddl_attempt(job: &str, outcome: &str, wait: Duration) {

@@ -1,11 +1,18 @@
-//! Logging: one event per thing that happened, to stderr. stdout is for data.
+//! Logging: one event per thing that happened, to stderr. stdout is for data. The last events are kept in memory for the
+//! status page, whatever level the log has.
 
 use std::io;
 
-use tracing_subscriber::fmt;
+use serde_json::{Map, Value};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer, fmt, registry};
 
 use crate::error::{Error, Result};
+use crate::progress;
 use crate::settings::{LogFormat, LogSettings, log_filter};
 
 /// Starts logging for the process. `tty` says whether stderr is a terminal: `auto` then means text, in colour unless
@@ -21,13 +28,75 @@ pub fn init(settings: &LogSettings, tty: bool) -> Result<()> {
         LogFormat::Text => false,
         LogFormat::Auto => !tty,
     };
-    let builder = fmt::fmt().with_env_filter(filter).with_writer(io::stderr);
-    let started = if json {
-        builder.json().flatten_event(true).with_current_span(true).with_span_list(false).finish().try_init()
+    let lines = fmt::layer().with_writer(io::stderr);
+    let lines = if json {
+        lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
     } else {
-        builder.with_ansi(tty && !no_color()).finish().try_init()
+        lines.with_ansi(tty && !no_color()).boxed()
     };
-    started.map_err(|e| Error::internal("logging was started twice").with_source(e))
+    registry()
+        .with(lines.with_filter(filter))
+        .with(Recent.with_filter(filter_fn(is_news)))
+        .try_init()
+        .map_err(|e| Error::internal("logging was started twice").with_source(e))
+}
+
+fn is_news(m: &Metadata<'_>) -> bool {
+    m.is_event() && *m.level() <= Level::INFO && m.target().starts_with("backfilld") && m.target() != progress::REPORTS
+}
+
+/// Keeps the last events.
+struct Recent;
+
+impl<S: Subscriber> Layer<S> for Recent {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        progress::remember(progress::Event {
+            at_ms: progress::now_ms(),
+            level: event.metadata().level().as_str().to_lowercase(),
+            message: fields.message,
+            fields: fields.others,
+        });
+    }
+}
+
+/// Reads an event's message and fields.
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Map<String, Value>,
+}
+
+impl Fields {
+    fn put(&mut self, field: &Field, value: Value) {
+        self.others.insert(field.name().to_owned(), value);
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        let text = format!("{value:?}");
+        match field.name() {
+            "message" => self.message = text,
+            _ => self.put(field, text.into()),
+        }
+    }
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.put(field, value.into());
+    }
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field, value.into());
+    }
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field, value.into());
+    }
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.put(field, value.into());
+    }
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field, value.into());
+    }
 }
 
 /// <https://no-color.org>: set and not empty.
@@ -38,6 +107,23 @@ pub fn no_color() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_happened_is_kept_with_its_fields_and_reports_are_not() {
+        let subscriber = registry().with(Recent.with_filter(filter_fn(is_news)));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(job = "kept", rows = 3, share = 0.5, code = %"40P01", "it {}", "happened");
+            tracing::info!(target: progress::REPORTS, job = "kept", "again");
+            tracing::debug!(job = "kept", "a batch");
+            tracing::warn!(target: "hyper", "not ours");
+        });
+        let kept: Vec<_> = progress::events().into_iter().filter(|e| e.message.contains("happened")).collect();
+        let [event] = kept.as_slice() else { panic!("{kept:?}") };
+        assert_eq!((event.message.as_str(), event.level.as_str()), ("it happened", "info"));
+        let fields = serde_json::json!({"job": "kept", "rows": 3, "share": 0.5, "code": "40P01"});
+        assert_eq!(Value::Object(event.fields.clone()), fields);
+        assert!(progress::events().iter().all(|e| !["again", "a batch", "not ours"].contains(&e.message.as_str())));
+    }
 
     #[test]
     fn a_wrong_filter_is_an_input_error_that_names_the_setting() {

@@ -14,7 +14,7 @@ pub mod sweep;
 pub mod walk;
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,7 @@ use crate::ledger::{event, lease};
 use crate::metrics;
 use crate::pg::connect::Session;
 use crate::plan::batch_sql;
-use crate::progress::Rate;
+use crate::progress::{self, Eta, LaneRows, Rate};
 use crate::throttle::Throttle;
 
 /// Rows in quarantine beyond which the fault is not a row's but the job's.
@@ -61,6 +61,7 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         let mut lanes = walk::lanes(ctx, session, checkpoint).await?;
         let team = Team::new(ctx, &lanes);
         let members = &team;
+        ctx.progress.update(|p| p.lanes.clear());
         let runs = lanes.iter_mut().enumerate().map(|(i, lane)| async move {
             let limits = lane.walk.limits(ctx, &lane.checkpoint);
             let end = Loop::new(ctx, limits, i, members).run(ctx, lane).await;
@@ -361,9 +362,18 @@ impl<'a> Loop<'a> {
         let rows_estimate = self.team.rows_estimate;
         let left = (rows_estimate - rows_scanned).max(0) as f64;
         let ratio = rows_scanned as f64 / rows_estimate.max(1) as f64;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        metrics::progress(ctx.job(), ratio, (rate > 0.0).then(|| now + left / rate));
+        let eta = (rate > 0.0).then(|| left / rate);
+        metrics::progress(ctx.job(), ratio, eta.map(|s| progress::now_ms() as f64 / 1000.0 + s));
+        ctx.progress.batch(took);
         ctx.progress.update(|p| {
+            if p.lanes.len() <= self.lane {
+                p.lanes.resize(self.lane + 1, LaneRows::default());
+            }
+            p.lanes[self.lane] =
+                LaneRows { rows_scanned: checkpoint.rows_scanned, rows_updated: checkpoint.rows_updated };
+            p.sweep = checkpoint.sweep;
+            p.ratio = ratio.min(1.0);
+            p.eta = eta.map(|s| Eta { seconds: s, least_seconds: s, most_seconds: s });
             p.rows_scanned = rows_scanned;
             p.rows_updated = rows_updated;
             p.rows_estimate = rows_estimate;
@@ -381,6 +391,7 @@ impl<'a> Loop<'a> {
         );
         if report {
             info!(
+                target: progress::REPORTS,
                 job = ctx.job(),
                 rows_scanned,
                 rows_updated,
@@ -436,6 +447,7 @@ impl<'a> Loop<'a> {
                     walk.set_aside(ctx, session, checkpoint, &key, &error).await?;
                     let total = checkpoint::quarantined(&session.client, ctx.job()).await?;
                     metrics::quarantined(ctx.job(), total as u64);
+                    ctx.progress.update(|p| p.quarantined = total);
                     warn!(
                         job = ctx.job(),
                         sqlstate,

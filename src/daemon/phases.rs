@@ -38,9 +38,16 @@ impl Phases<'_> {
             let shown = if job.status == Status::Running { job.phase.as_str() } else { job.status.as_str() };
             metrics::phase(ctx.job(), if job.status == Status::Held { "paused" } else { shown });
             ctx.progress.update(|p| {
+                p.enter(job.phase.as_str(), job.phase_since_ms.unsigned_abs());
+                p.rest();
                 p.phase = shown.to_owned();
+                p.stored_phase = job.phase.to_string();
+                p.status = job.status.to_string();
+                p.reason = job.reason.clone();
+                p.hint = job.hint.clone();
                 p.note = job.reason.clone();
             });
+            metrics::not_throttled(ctx.job());
             match job.status {
                 Status::Running if job.phase == Phase::Done => self.finish().await?,
                 Status::Running => self.step(&job).await?,

@@ -20,6 +20,9 @@ pub async fn record(client: &impl GenericClient, job: &str, kind: &str, detail: 
 pub struct Event {
     /// When, as the server writes a `timestamptz` in UTC.
     pub at: String,
+    /// The same as Unix time in milliseconds.
+    #[serde(skip)]
+    pub at_ms: i64,
     /// What.
     pub kind: String,
     /// Names and numbers.
@@ -35,9 +38,34 @@ pub struct Event {
 pub async fn latest(client: &impl GenericClient, job: &str, limit: i64) -> Result<Vec<Event>> {
     let rows = client
         .query(
-            "select at::text, kind, detail, actor from backfilld.event where job = $1 order by id desc limit $2",
+            "select at::text, kind, detail, actor, (extract(epoch from at) * 1000)::int8 from backfilld.event where job = $1 order by id desc limit $2",
             &[&job, &limit],
         )
         .await?;
-    Ok(rows.iter().map(|r| Event { at: r.get(0), kind: r.get(1), detail: r.get(2), actor: r.get(3) }).collect())
+    let event = |r: &tokio_postgres::Row| Event {
+        at: r.get(0),
+        at_ms: r.get(4),
+        kind: r.get(1),
+        detail: r.get(2),
+        actor: r.get(3),
+    };
+    Ok(rows.iter().map(event).collect())
+}
+
+/// The phases that a job has been through: name, begin and end, Unix time in milliseconds. What an earlier job of the same
+/// name did is left out.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn phases(client: &impl GenericClient, job: &str) -> Result<Vec<(String, i64, i64)>> {
+    let rows = client
+        .query(
+            "select e.detail ->> 'phase', (extract(epoch from j.created_at) * 1000)::int8,
+                    (extract(epoch from e.at) * 1000)::int8
+             from backfilld.event e join backfilld.job j on j.name = e.job and e.at >= j.created_at
+             where e.job = $1 and e.kind = 'phase' and e.detail ? 'phase' order by e.id",
+            &[&job],
+        )
+        .await?;
+    Ok(rows.iter().map(|r| (r.get(0), r.get(1), r.get(2))).collect())
 }

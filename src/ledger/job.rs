@@ -20,6 +20,8 @@ pub struct JobRow {
     pub spec_hash: String,
     /// Where it is.
     pub phase: Phase,
+    /// Since when, Unix time in milliseconds on the server's clock.
+    pub phase_since_ms: i64,
     /// Whether it moves.
     pub status: Status,
     /// Why it stands.
@@ -32,7 +34,8 @@ pub struct JobRow {
     pub drop_column: bool,
 }
 
-const COLUMNS: &str = "name, spec, spec_hash, phase, status, reason, hint, released, drop_column, format_version";
+const COLUMNS: &str = "name, spec, spec_hash, phase, status, reason, hint, released, drop_column, format_version, \
+     (extract(epoch from phase_since) * 1000)::int8";
 
 fn parse(row: &Row) -> Result<JobRow> {
     let format: i32 = row.get(9);
@@ -48,6 +51,7 @@ fn parse(row: &Row) -> Result<JobRow> {
         spec: row.get(1),
         spec_hash: row.get(2),
         phase: row.get::<_, String>(3).parse().map_err(Error::internal)?,
+        phase_since_ms: row.get(10),
         status: row.get::<_, String>(4).parse().map_err(Error::internal)?,
         reason: row.get(5),
         hint: row.get(6),

@@ -133,6 +133,31 @@ pub async fn last(client: &impl GenericClient, job: &str) -> Result<Option<Store
     }))
 }
 
+/// The newest verdict of a job without its samples, and when it was stored, Unix time in milliseconds.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn latest(client: &impl GenericClient, job: &str) -> Result<Option<(i64, Verdict)>> {
+    let row = client
+        .query_opt(
+            "select (extract(epoch from at) * 1000)::int8, passed, rows_checked, counts, duration_ms
+             from backfilld.verdict where job = $1 order by id desc limit 1",
+            &[&job],
+        )
+        .await?;
+    Ok(row.map(|r| {
+        let counts = serde_json::from_value(r.get(3)).unwrap_or_default();
+        let verdict = Verdict {
+            passed: r.get(1),
+            rows_checked: r.get(2),
+            counts,
+            samples: BTreeMap::new(),
+            duration_ms: r.get(4),
+        };
+        (r.get(0), verdict)
+    }))
+}
+
 /// Stores the catalog as the flip leaves it, in the flip's transaction.
 ///
 /// # Errors

@@ -84,8 +84,10 @@ impl Throttle {
             } else {
                 verdict.waits
             };
+            let shown = waits.iter().map(|r| r.shown(true)).collect();
+            let note = if waits.is_empty() { String::new() } else { format!("waiting: {}", signal::text(&waits)) };
+            ctx.progress.wait_for(shown, note);
             let Some(strictest) = waits.first() else { return Ok(()) };
-            ctx.progress.update(|p| p.note = format!("waiting: {}", signal::text(&waits)));
             let began = Instant::now();
             tokio::select! {
                 // An error would come at once, again and again: then the time goes on instead.
@@ -95,6 +97,7 @@ impl Throttle {
             }
             if counts {
                 metrics::throttled_for(ctx.job(), &strictest.signal, began.elapsed());
+                ctx.progress.waited(&strictest.signal, began.elapsed());
             }
             ctx.check()?;
             if looked.elapsed() > LOOK_AT_STATUS {

@@ -40,6 +40,10 @@ pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>) {
             let waiting = waits.iter().any(|w| w.signal == r.signal);
             metrics::signal(ctx.job(), &r.signal, r.observed, r.threshold, waiting);
         }
+        ctx.progress.update(|p| {
+            let others = readings.iter().filter(|r| !waits.contains(r)).map(|r| r.shown(false));
+            p.signals = waits.iter().map(|r| r.shown(true)).chain(others).collect();
+        });
         if let Some((reading, limit)) = signal::critical(&readings, &ctx.live.now().throttle.critical) {
             hold(&ctx, reading, limit).await;
         }

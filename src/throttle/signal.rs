@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::progress::Signal;
+
 /// A waiting signal lets go only this far inside of its limit, so that it does not flutter.
 const RELEASE: f64 = 0.8;
 
@@ -61,6 +63,20 @@ impl Reading {
             (true, _) => f64::INFINITY,
             (_, true) => self.threshold / self.observed.max(f64::MIN_POSITIVE),
             (_, false) => self.observed / self.threshold.max(f64::MIN_POSITIVE),
+        }
+    }
+
+    /// For whoever watches.
+    pub fn shown(&self, is_waiting: bool) -> Signal {
+        Signal {
+            signal: self.signal.clone(),
+            observed: self.observed,
+            threshold: self.threshold,
+            unit: self.unit.into(),
+            is_floor: self.is_floor,
+            refuses: self.refuses,
+            is_waiting,
+            text: self.text(),
         }
     }
 

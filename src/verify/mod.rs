@@ -9,7 +9,7 @@ pub mod state;
 pub mod sync;
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 use tracing::info;
@@ -22,6 +22,7 @@ use crate::ledger::{checkpoint, event, lease};
 use crate::metrics;
 use crate::plan::verify_sql::{self, Finding};
 use crate::plan::{Facts, Shape};
+use crate::progress::{self, Eta};
 
 pub use self::standing::verdict_holds;
 use self::state::State;
@@ -146,9 +147,10 @@ pub async fn run(ctx: &Context) -> Result<Verdict> {
     let server = ServerIdentity::read(&session.client).await?;
     let state = State::read(&session.client, &ctx.spec, &ctx.facts).await?;
     let proof = Proof::new(&ctx.spec, &ctx.facts);
+    let began = Instant::now();
     let mut verdict = proof
         .run(&session.client, async |rows| {
-            ctx.progress.update(|p| p.note = format!("verifying, {rows} rows checked"));
+            checked(ctx, rows, began.elapsed());
             ctx.check()
         })
         .await?;
@@ -163,6 +165,19 @@ pub async fn run(ctx: &Context) -> Result<Verdict> {
         serde_json::json!({ "passed": verdict.passed, "rows": verdict.rows_checked, "counts": verdict.counts });
     event::record(&*tx, ctx.job(), "verdict", detail).await?;
     tx.commit().await?;
+    ctx.progress.update(|p| {
+        p.ratio = 1.0;
+        p.rows_verified = verdict.rows_checked;
+        p.quarantined = quarantined;
+        p.prove(progress::Proof {
+            kind: "data".into(),
+            passed: verdict.passed,
+            at_ms: progress::now_ms(),
+            duration_ms: verdict.duration_ms.unsigned_abs(),
+            checked: verdict.rows_checked.unsigned_abs(),
+            findings: verdict.counts.iter().map(|(kind, n)| (kind.clone(), n.unsigned_abs())).collect(),
+        });
+    });
     metrics::verify_checked(ctx.job(), verdict.rows_checked.unsigned_abs());
     metrics::verify_findings(ctx.job(), verdict.counts.iter().map(|(kind, n)| (kind.as_str(), n.unsigned_abs())));
     info!(
@@ -174,6 +189,20 @@ pub async fn run(ctx: &Context) -> Result<Verdict> {
         "verified"
     );
     Ok(verdict)
+}
+
+/// Shows how far the proof is. Every row costs about the same, so what went before tells how long the rest will take.
+fn checked(ctx: &Context, rows: i64, took: Duration) {
+    ctx.progress.update(|p| {
+        p.note = format!("verifying, {rows} rows checked");
+        p.rows_verified = rows;
+        if p.rows_estimate > 0 && rows > 0 {
+            p.ratio = (rows as f64 / p.rows_estimate as f64).min(1.0);
+            let seconds = took.as_secs_f64() * (1.0 - p.ratio) / p.ratio;
+            p.eta = Some(Eta { seconds, least_seconds: seconds, most_seconds: seconds });
+            metrics::progress(ctx.job(), p.ratio, Some(progress::now_ms() as f64 / 1000.0 + seconds));
+        }
+    });
 }
 
 /// A state for the ledger.
