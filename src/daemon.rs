@@ -123,6 +123,9 @@ impl Daemon {
         let mut session = self.connector.connect_ddl("start").await?;
         let client = &session.client;
         refuse_read_only(client, *started).await?;
+        if !*started {
+            self.connector.try_both().await?;
+        }
         Facts::read(client, &self.spec, self.settings.database.dedicated_login).await?;
         let known = match migrate::installed(client).await? {
             migrate::Installed::Version(_) => jobs::find(client, self.job()).await?,

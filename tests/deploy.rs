@@ -25,6 +25,8 @@ fn variables(file: &str) -> Vec<String> {
         .match_indices("BACKFILLD_")
         .map(|(at, _)| text[at..].chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect())
         .collect();
+    // The chart's own prefix for settings that its user names.
+    out.retain(|name| name != "BACKFILLD_");
     out.sort();
     out.dedup();
     out
@@ -34,15 +36,22 @@ fn variables(file: &str) -> Vec<String> {
 fn every_setting_of_the_unit_and_of_compose_exists() {
     let secret = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(secret.path(), "secret\n").expect("writable");
-    for file in ["deploy/systemd/backfilld@.service", "deploy/container/compose.yaml"] {
+    for file in [
+        "deploy/systemd/backfilld@.service",
+        "deploy/container/compose.yaml",
+        "deploy/helm/backfilld/templates/_helpers.tpl",
+        "deploy/kubernetes/deployment.yaml",
+    ] {
         let names = variables(file);
         assert!(!names.is_empty(), "{file}");
         for name in &names {
             let url = ("BACKFILLD_DATABASE__URL", "postgresql://u@127.0.0.1/d");
             let value = match name.rsplit('_').next() {
                 Some("LISTEN") => "127.0.0.1:1",
-                Some("FILE") => secret.path().to_str().expect("UTF-8"),
-                _ => url.1,
+                Some("FILE" | "SSLROOTCERT") => secret.path().to_str().expect("UTF-8"),
+                Some("LOGIN") => "true",
+                Some("URL") => url.1,
+                _ => "x",
             };
             let (fine, said) = config(&[url, (name, value)]);
             assert!(fine, "{file}: {name}: {said}");
@@ -111,4 +120,30 @@ fn the_unit_waits_for_what_the_daemon_says() {
     {
         assert!(unit.lines().any(|l| l == line), "{line}");
     }
+}
+
+/// Kubernetes mounts the files of a ConfigMap as links into a directory that it swaps.
+#[test]
+fn a_job_in_a_config_map_is_read() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let version = dir.path().join("..2026_01_01");
+    std::fs::create_dir(&version).expect("writable");
+    std::os::unix::fs::symlink("..2026_01_01", dir.path().join("..data")).expect("a link");
+    for file in ["job.toml", "add_message.sql"] {
+        std::fs::write(version.join(file), text(&format!("deploy/jobs/messages_auth_user_id/{file}")))
+            .expect("writable");
+        std::os::unix::fs::symlink(format!("..data/{file}"), dir.path().join(file)).expect("a link");
+    }
+    backfilld::job::load(dir.path()).unwrap_or_else(|e| panic!("{}", e.render()));
+}
+
+/// With Helm itself, the API's schemas and hadolint, once `make check-deploy` has installed them.
+#[test]
+fn the_chart_renders_to_what_kubernetes_takes() {
+    if !root().join("target/deploy-tools/installed").exists() {
+        eprintln!("the tools are not there (make check-deploy installs them): the chart was not rendered");
+        return;
+    }
+    let ran = Command::new(root().join("scripts/check-deploy.sh")).output().expect("it runs");
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
 }

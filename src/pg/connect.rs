@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -15,7 +15,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::sync::CancellationToken;
 
 use super::connect_error::{Place, explain, timed_out};
-use super::tls as our_tls;
+use super::{pooler, tls as our_tls};
 use crate::error::{Error, Kind, Result};
 use crate::settings::{DatabaseSettings, HostSpec, SslMode, Target};
 
@@ -70,6 +70,10 @@ pub struct Connector {
 struct Endpoint {
     target: Target,
     tls: MakeRustlsConnect,
+    /// The setting that says where it is.
+    setting: &'static str,
+    /// Whether a session there keeps its server process; not known before the first one.
+    keeps_process: OnceLock<bool>,
 }
 
 /// A connection and the task that drives it. Dropping the session ends both.
@@ -106,14 +110,15 @@ impl Connector {
     /// # Errors
     /// [`Kind::Input`] for settings that contradict each other and files that cannot be used.
     pub fn new(settings: &DatabaseSettings) -> Result<Self> {
-        let endpoint = |target: Target| -> Result<Arc<Endpoint>> {
+        let endpoint = |target: Target, setting| -> Result<Arc<Endpoint>> {
             if let Some(path) = &target.password_file {
                 read_password(path, Kind::Input)?;
             }
-            Ok(Arc::new(Endpoint { tls: our_tls::connector(&target.tls)?, target }))
+            let (tls, keeps_process) = (our_tls::connector(&target.tls)?, OnceLock::new());
+            Ok(Arc::new(Endpoint { target, tls, setting, keeps_process }))
         };
-        let main = endpoint(settings.target()?)?;
-        let ddl = settings.ddl_target()?.map(endpoint).transpose()?;
+        let main = endpoint(settings.target()?, "database.url")?;
+        let ddl = settings.ddl_target()?.map(|t| endpoint(t, "database.ddl_url")).transpose()?;
         Ok(Self { main, ddl })
     }
 
@@ -130,9 +135,21 @@ impl Connector {
     /// Opens a session with [`SESSION_SETTINGS`]; `purpose` becomes `application_name = backfilld/<purpose>`.
     ///
     /// # Errors
-    /// [`Kind::Connect`] with host, port, user, database, the reason and a hint; never the password.
+    /// [`Kind::Connect`] with host, port, user, database, the reason and a hint, never the password; [`Kind::Refused`]
+    /// behind a pooler in transaction mode, unless `database.ddl_url` leads past it: then everything goes there.
     pub async fn connect(&self, purpose: &str) -> Result<Session> {
-        self.main.session(purpose).await
+        let pooled = || self.main.keeps_process.get() == Some(&false);
+        match &self.ddl {
+            Some(direct) if pooled() => direct.session(purpose).await,
+            Some(direct) => match self.main.session(purpose).await {
+                Err(e) if pooled() => {
+                    tracing::warn!("{e}; everything goes to database.ddl_url");
+                    direct.session(purpose).await
+                }
+                result => result,
+            },
+            None => self.main.session(purpose).await,
+        }
     }
 
     /// Like [`Connector::connect`] by way of `database.ddl_url`, if that is set: never through a transaction pooler.
@@ -141,6 +158,17 @@ impl Connector {
     /// As [`Connector::connect`].
     pub async fn connect_ddl(&self, purpose: &str) -> Result<Session> {
         self.ddl_endpoint().session(purpose).await
+    }
+
+    /// Looks whether both ways to the server can be used, so that a wrong one is told before the first of them did anything.
+    ///
+    /// # Errors
+    /// As [`Connector::connect`].
+    pub async fn try_both(&self) -> Result<()> {
+        if self.ddl.is_some() {
+            self.connect("start").await?.close().await;
+        }
+        Ok(())
     }
 
     fn ddl_endpoint(&self) -> &Endpoint {
@@ -181,7 +209,7 @@ impl Endpoint {
         for mode in attempts(self.target.tls.mode, place.host) {
             let config = self.config(place.host, mode, application_name)?;
             match config.connect(self.tls.clone()).await {
-                Ok((client, connection)) => return self.start(place, client, connection).await,
+                Ok((client, connection)) => return self.start(place, mode, client, connection).await,
                 Err(e) => {
                     let refused = e.code().is_some_and(|c| c.code() == "28000");
                     let again = refused || super::connect_error::is_tls(&e);
@@ -202,6 +230,7 @@ impl Endpoint {
     async fn start<T>(
         &self,
         place: &Place<'_>,
+        mode: config::SslMode,
         client: Client,
         connection: tokio_postgres::Connection<Socket, T>,
     ) -> Result<Session>
@@ -225,6 +254,9 @@ impl Endpoint {
             closed,
             canceller,
         };
+        if self.keeps_process.get() != Some(&true) {
+            self.refuse_transaction_mode(place, mode, &session.client).await?;
+        }
         let messages = session.client.simple_query(&format!("{SESSION_SETTINGS}{IDENTIFY}")).await;
         let messages = messages.map_err(|e| explain(&e, place).context("applying the session settings"))?;
         let rows = messages.iter().filter_map(|m| if let SimpleQueryMessage::Row(r) = m { Some(r) } else { None });
@@ -236,6 +268,28 @@ impl Endpoint {
         session.backend_start = text(1).to_owned();
         session.server_version_num = text(2).parse().unwrap_or_default();
         Ok(session)
+    }
+
+    /// A pooler in transaction mode would give our settings to whoever uses the server process next, and not to our own next
+    /// statement. So this is found out with a second connection before anything is set, once per process.
+    async fn refuse_transaction_mode(&self, place: &Place<'_>, mode: config::SslMode, first: &Client) -> Result<()> {
+        let config = self.config(place.host, mode, &application_name("pooler"))?;
+        let (second, connection) = config.connect(self.tls.clone()).await.map_err(|e| explain(&e, place))?;
+        let driver = Driver(Some(tokio::spawn(drive(connection, CancellationToken::new()))));
+        let pooled = pooler::in_transaction_mode(first, &second).await;
+        drop(second);
+        drop(driver);
+        let pooled = pooled.map_err(|e| e.context("looking for a pooler in transaction mode"))?;
+        let _ = self.keeps_process.set(!pooled);
+        if !pooled {
+            return Ok(());
+        }
+        let (host, setting) = (place.host, self.setting);
+        Err(Error::refused(format!("{host} is a pooler in transaction mode, where a session keeps no setting and no server process"))
+            .with_hint(format!(
+                "put the server's own address, or that of a pooler in session mode, into {setting}: with Supabase port 5432 \
+                 instead of 6543, with PgBouncer pool_mode = session for this database"
+            )))
     }
 
     fn config(&self, host: &HostSpec, mode: config::SslMode, application_name: &str) -> Result<Config> {

@@ -24,9 +24,10 @@ impl Place<'_> {
 
 /// The attempt took longer than the settings allow.
 pub(super) fn timed_out(place: &Place<'_>, limit: Duration) -> Error {
-    place
-        .error(&format!("no answer within {}", humantime::format_duration(limit)))
-        .with_hint("check host and port, firewalls and security groups; database.connect_timeout sets the limit")
+    place.error(&format!("no answer within {}", humantime::format_duration(limit))).with_hint(
+        "check host and port, firewalls and security groups, and that a pooler in between has server connections left \
+                    (its pool size); database.connect_timeout sets the limit",
+    )
 }
 
 /// Whether the TLS handshake failed, so that it is worth trying without (for prefer) or with TLS (for allow).

@@ -4,4 +4,5 @@ pub mod connect;
 mod connect_error;
 pub mod ident;
 pub mod pool;
+pub mod pooler;
 mod tls;

@@ -35,7 +35,6 @@ use tokio_postgres::Client;
 pub use check::{CATALOGUE, Check, Status};
 pub use estimate::Estimate;
 pub use report::{Report, Server};
-pub use server::pooled_in_transaction_mode;
 pub use validation_sql::validation_queries;
 
 use crate::error::Result;

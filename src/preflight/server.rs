@@ -2,11 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use tokio_postgres::{Client, SimpleQueryMessage};
-
 use super::check::Check;
 use super::probe::{Probe, text};
 use crate::error::Result;
+use crate::pg::pooler;
 
 /// Oldest supported: TID range scans and `create or replace trigger` are from 14.
 const OLDEST: i32 = 140_000;
@@ -26,7 +25,7 @@ pub async fn checks(p: &Probe<'_>) -> Result<Vec<Check>> {
         version(p),
         standby(p),
         p.settle("read_only", read_only(p).await)?,
-        p.settle("pooler", pooler(p).await)?,
+        p.settle("pooler", pooler_mode(p).await)?,
         p.settle("dedicated_login", dedicated_login(p).await)?,
     ])
 }
@@ -81,19 +80,19 @@ async fn read_only(p: &Probe<'_>) -> Result<Check> {
 }
 
 /// Transaction pooling breaks session settings, session locks and named statements (hazard 59).
-async fn pooler(p: &Probe<'_>) -> Result<Check> {
+async fn pooler_mode(p: &Probe<'_>) -> Result<Check> {
     let name = "pooler";
-    let hint = "connect directly or in session mode (with Supabase: port 5432, not 6543), or set database.ddl_url";
+    let hint = "connect directly or in session mode (with Supabase: port 5432, not 6543)";
     let transaction_mode = |how: &str| Check::fail(name, format!("a pooler in transaction mode: {how}")).hint(hint);
     let mut pids = BTreeSet::new();
     for _ in 0..POOLER_TRIES {
-        pids.insert(pid(p.client).await?);
+        pids.insert(pooler::backend_pid(p.client).await?);
     }
     if pids.len() > 1 {
         return Ok(transaction_mode("the server process changed between two statements").count(pids.len() as i64));
     }
     if let Some(other) = p.options.other
-        && pooled_in_transaction_mode(p.client, other).await?
+        && pooler::in_transaction_mode(p.client, other).await?
     {
         return Ok(transaction_mode("two sessions share one server process"));
     }
@@ -108,33 +107,6 @@ async fn pooler(p: &Probe<'_>) -> Result<Check> {
     }
     let certain = if p.options.other.is_some() { "" } else { " (one session cannot prove it)" };
     Ok(Check::pass(name, format!("the session keeps its server process{certain}")))
-}
-
-/// Whether two idle sessions are served by a transaction pooler: while one is in a transaction, the other must still be
-/// where it was. Both must be outside a transaction.
-///
-/// # Errors
-/// Whatever the server says.
-pub async fn pooled_in_transaction_mode(first: &Client, second: &Client) -> Result<bool> {
-    let before = pid(first).await?;
-    second.batch_execute("begin read only").await?;
-    let held = pid(second).await;
-    let after = pid(first).await;
-    second.batch_execute("rollback").await?;
-    let held = held?;
-    Ok(held == before || after? != before)
-}
-
-/// By the simple protocol, which every pooler passes on.
-async fn pid(client: &Client) -> Result<String> {
-    let answer = client.simple_query("select pg_catalog.pg_backend_pid()").await?;
-    Ok(answer
-        .iter()
-        .find_map(|m| match m {
-            SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
-            _ => None,
-        })
-        .unwrap_or_default())
 }
 
 /// Batches of a dedicated login skip our own UPDATE trigger (I1), so nobody else may write as that login.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 pub(super) type Params = BTreeMap<String, String>;
 
 /// What we act on.
-const USED: [&str; 24] = [
+const USED: [&str; 26] = [
     "channel_binding",
     "connect_timeout",
     "dbname",
@@ -24,6 +24,8 @@ const USED: [&str; 24] = [
     "password",
     "pgbouncer",
     "port",
+    "service",
+    "servicefile",
     "ssl_min_protocol_version",
     "sslcert",
     "sslkey",
@@ -62,11 +64,10 @@ const IGNORED: [&str; 22] = [
 ];
 
 /// What libpq knows and we do not; ignoring it would weaken what the operator asked for.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 8] = [
     ("require_auth", "restricting authentication methods is not supported"),
     ("replication", "a replication connection cannot run a backfill"),
     ("requirepeer", "checking the server's operating system user is not supported"),
-    ("service", "service files are not supported; write the parameters out"),
     ("sslcertmode", "give sslcert and sslkey, or leave them out"),
     ("sslcrl", "certificate revocation lists are not supported"),
     ("sslcrldir", "certificate revocation lists are not supported"),
@@ -89,6 +90,19 @@ pub(super) fn parse(text: &str) -> Result<Params, String> {
         }
         None => parse_key_value(text)?,
     };
+    accept(pairs)
+}
+
+/// Why a parameter of libpq's is refused, if it is.
+pub(super) fn refusal(param: &str) -> Option<&'static str> {
+    REFUSED.iter().find(|(name, _)| *name == param).map(|(_, why)| *why)
+}
+
+/// Parameters by name, without those that mean nothing here.
+///
+/// # Errors
+/// As [`parse`].
+pub(super) fn accept(pairs: Vec<(String, String)>) -> Result<Params, String> {
     let mut params = Params::new();
     for (key, value) in pairs {
         // JDBC writes some names in camel case; `ssl=true` is JDBC's and libpq's old way to say require.
@@ -96,7 +110,7 @@ pub(super) fn parse(text: &str) -> Result<Params, String> {
             "ssl" if value == "true" => ("sslmode".to_owned(), "require".to_owned()),
             lower => (lower.to_owned(), value),
         };
-        if let Some((_, why)) = REFUSED.iter().find(|(name, _)| *name == key) {
+        if let Some(why) = refusal(&key) {
             return Err(format!("parameter `{key}`: {why}"));
         }
         if key == "gssencmode" && value == "require" {

@@ -6,6 +6,7 @@
 mod conninfo;
 mod layers;
 mod pgpass;
+mod service;
 mod show;
 mod target;
 mod validate;
@@ -107,8 +108,9 @@ pub struct DatabaseSettings {
     pub sslcert: Option<PathBuf>,
     /// PEM file with the client's private key, unencrypted, not readable by others.
     pub sslkey: Option<PathBuf>,
-    /// Second connection string, used for DDL and the lease, for when `url` goes through a pooler in transaction mode.
-    /// It must reach the same database directly or in session mode. What it leaves out is taken from the settings above.
+    /// Second connection string, used for DDL and the lease, for when `url` goes through a pooler. It must reach the same
+    /// database directly or in session mode. What it leaves out is taken from the settings above. If `url` turns out to be a
+    /// pooler in transaction mode, where no setting of a session holds, everything goes here.
     /// Secret.
     #[serde(serialize_with = "show::secret_conninfo")]
     #[schemars(with = "Option<String>", extend("format" = "conninfo"))]

@@ -11,7 +11,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio_postgres::config::{ChannelBinding, TargetSessionAttrs};
 
 use super::conninfo::{self, Params};
-use super::{DatabaseSettings, SslMode, pgpass};
+use super::{DEFAULT_CONNECT_TIMEOUT, DatabaseSettings, SslMode, pgpass, service};
 use crate::error::{Error, Result};
 
 /// Where to connect, and how. `Debug` shows no password.
@@ -135,15 +135,16 @@ impl DatabaseSettings {
     pub fn ddl_target(&self) -> Result<Option<Target>> {
         let Some(url) = &self.ddl_url else { return Ok(None) };
         let env: Lookup<'_> = &|name| std::env::var(name).ok();
-        let main = params("database.url", self.url.as_ref())?;
-        let mut own = params("database.ddl_url", Some(url))?;
+        let main = params("database.url", self.url.as_ref(), env)?;
+        let mut own = params("database.ddl_url", Some(url), env)?;
         // Another place, but the same database, role and rules unless it says otherwise.
         for (key, value) in main {
             if !matches!(key.as_str(), "host" | "hostaddr" | "port" | "pgbouncer" | "options") {
                 own.entry(key).or_insert(value);
             }
         }
-        Resolver { settings: self, params: own, env, setting: "database.ddl_url" }.target().map(Some)
+        let fallback = service::environment(env)?;
+        Resolver { settings: self, params: own, fallback, env, setting: "database.ddl_url" }.target().map(Some)
     }
 
     /// Like [`DatabaseSettings::target`] with the environment given.
@@ -151,19 +152,23 @@ impl DatabaseSettings {
     /// # Errors
     /// As [`DatabaseSettings::target`].
     pub fn target_from(&self, env: Lookup<'_>) -> Result<Target> {
-        let params = params("database.url", self.url.as_ref())?;
-        Resolver { settings: self, params, env, setting: "database.url" }.target()
+        let params = params("database.url", self.url.as_ref(), env)?;
+        let fallback = service::environment(env)?;
+        Resolver { settings: self, params, fallback, env, setting: "database.url" }.target()
     }
 }
 
-fn params(setting: &str, url: Option<&SecretString>) -> Result<Params> {
+fn params(setting: &str, url: Option<&SecretString>, env: Lookup<'_>) -> Result<Params> {
     let Some(url) = url else { return Ok(Params::new()) };
-    conninfo::parse(url.expose_secret()).map_err(|e| Error::input(format!("`{setting}`: {e}")))
+    let params = conninfo::parse(url.expose_secret()).map_err(|e| Error::input(format!("`{setting}`: {e}")))?;
+    service::expand(setting, params, env)
 }
 
 struct Resolver<'a> {
     settings: &'a DatabaseSettings,
     params: Params,
+    /// What libpq's environment says.
+    fallback: Params,
     env: Lookup<'a>,
     setting: &'static str,
 }
@@ -171,18 +176,18 @@ struct Resolver<'a> {
 impl Resolver<'_> {
     fn target(&self) -> Result<Target> {
         let s = self.settings;
-        let user = match self.first("user", s.user.clone(), "PGUSER") {
+        let user = match self.first("user", s.user.clone()) {
             Some(user) => user,
             None => whoami::username().map_err(|e| {
                 Error::input("`database.user` is not set and the operating system's user has no name").with_source(e)
             })?,
         };
-        let dbname = self.first("dbname", s.name.clone(), "PGDATABASE").unwrap_or_else(|| user.clone());
+        let dbname = self.first("dbname", s.name.clone()).unwrap_or_else(|| user.clone());
         let mut hosts = self.hosts()?;
         let password_file = if self.params.contains_key("password") { None } else { s.password_file.clone() };
         if password_file.is_none() {
             let given = s.password.as_ref().map(|p| p.expose_secret().to_owned());
-            let password = self.first("password", given, "PGPASSWORD");
+            let password = self.first("password", given);
             for host in &mut hosts {
                 host.password = match &password {
                     Some(password) => Some(SecretString::from(password.clone())),
@@ -196,7 +201,7 @@ impl Resolver<'_> {
             user,
             dbname,
             password_file,
-            options: self.first("options", None, "PGOPTIONS"),
+            options: self.first("options", None),
             tls: self.tls()?,
             channel_binding: self
                 .choice(
@@ -220,7 +225,7 @@ impl Resolver<'_> {
                     ],
                 )?
                 .unwrap_or(TargetSessionAttrs::Any),
-            connect_timeout: self.seconds("connect_timeout")?.unwrap_or(s.connect_timeout),
+            connect_timeout: self.connect_timeout()?,
             keepalives: self.choice("keepalives", &[("0", false), ("1", true)])?.unwrap_or(true),
             keepalives_idle: self.seconds("keepalives_idle")?.unwrap_or(s.keepalives_idle),
             keepalives_interval: self.seconds("keepalives_interval")?,
@@ -234,9 +239,21 @@ impl Resolver<'_> {
     }
 
     /// Connection string, else settings, else environment; empty counts as not set.
-    fn first(&self, param: &str, setting: Option<String>, variable: &str) -> Option<String> {
-        let found = self.params.get(param).cloned().or(setting).or_else(|| (self.env)(variable));
-        found.filter(|v| !v.is_empty())
+    fn first(&self, param: &str, setting: Option<String>) -> Option<String> {
+        let found = self.params.get(param).cloned().or(setting).filter(|v| !v.is_empty());
+        found.or_else(|| self.fallback.get(param).cloned())
+    }
+
+    /// The same for what is no setting of ours.
+    fn value(&self, param: &str) -> Option<&String> {
+        self.params.get(param).or_else(|| self.fallback.get(param))
+    }
+
+    /// Only a limit that somebody set stands before libpq's variable.
+    fn connect_timeout(&self) -> Result<Duration> {
+        let own = self.settings.connect_timeout;
+        let said_here = own != DEFAULT_CONNECT_TIMEOUT && !self.params.contains_key("connect_timeout");
+        Ok(if said_here { own } else { self.seconds("connect_timeout")?.unwrap_or(own) })
     }
 
     fn wrong(&self, param: &str, expected: &str) -> Error {
@@ -244,7 +261,7 @@ impl Resolver<'_> {
     }
 
     fn choice<T: Copy>(&self, param: &str, choices: &[(&str, T)]) -> Result<Option<T>> {
-        let Some(value) = self.params.get(param) else { return Ok(None) };
+        let Some(value) = self.value(param) else { return Ok(None) };
         match choices.iter().find(|(name, _)| name == value) {
             Some((_, chosen)) => Ok(Some(*chosen)),
             None => {
@@ -255,7 +272,7 @@ impl Resolver<'_> {
     }
 
     fn number<T: FromStr>(&self, param: &str) -> Result<Option<T>> {
-        let Some(value) = self.params.get(param) else { return Ok(None) };
+        let Some(value) = self.value(param) else { return Ok(None) };
         value.trim().parse().map(Some).map_err(|_| self.wrong(param, "a whole number"))
     }
 
@@ -268,9 +285,9 @@ impl Resolver<'_> {
         let list = |text: Option<String>| -> Vec<String> {
             text.map(|t| t.split(',').map(|p| p.trim().to_owned()).collect()).unwrap_or_default()
         };
-        let mut names = list(self.first("host", s.host.clone(), "PGHOST"));
-        let addresses = list(self.first("hostaddr", None, "PGHOSTADDR"));
-        let ports = list(self.first("port", s.port.map(|p| p.to_string()), "PGPORT"));
+        let mut names = list(self.first("host", s.host.clone()));
+        let addresses = list(self.first("hostaddr", None));
+        let ports = list(self.first("port", s.port.map(|p| p.to_string())));
         if names.is_empty() && addresses.is_empty() {
             names.push(String::new());
         }
@@ -305,7 +322,7 @@ impl Resolver<'_> {
     }
 
     fn password_from_file(&self, host: &HostSpec, dbname: &str, user: &str) -> Option<SecretString> {
-        let path = match self.first("passfile", None, "PGPASSFILE") {
+        let path = match self.first("passfile", None) {
             Some(path) => PathBuf::from(path),
             None => self.home(".pgpass")?,
         };
@@ -323,14 +340,14 @@ impl Resolver<'_> {
         let s = self.settings;
         let mode = match (self.params.get("sslmode").cloned(), s.sslmode) {
             (None, Some(mode)) => Some(mode),
-            (text, _) => match text.or_else(|| (self.env)("PGSSLMODE")).filter(|t| !t.is_empty()) {
+            (text, _) => match text.or_else(|| self.fallback.get("sslmode").cloned()) {
                 Some(text) => Some(ssl_mode(&text).ok_or_else(|| {
                     self.wrong("sslmode", "one of disable, allow, prefer, require, verify-ca, verify-full")
                 })?),
                 None => None,
             },
         };
-        let roots = match self.first("sslrootcert", s.sslrootcert.clone(), "PGSSLROOTCERT") {
+        let roots = match self.first("sslrootcert", s.sslrootcert.clone()) {
             Some(system) if system == "system" => Roots::System,
             Some(path) => Roots::File(PathBuf::from(path)),
             None => self.home(".postgresql/root.crt").filter(|p| p.exists()).map_or(Roots::Unset, Roots::File),
@@ -346,8 +363,8 @@ impl Resolver<'_> {
             (mode, _) => mode.unwrap_or(SslMode::Prefer),
         };
         let path = |p: &Option<PathBuf>| p.as_ref().map(|p| p.display().to_string());
-        let cert = self.first("sslcert", path(&s.sslcert), "PGSSLCERT").map(PathBuf::from);
-        let key = self.first("sslkey", path(&s.sslkey), "PGSSLKEY").map(PathBuf::from);
+        let cert = self.first("sslcert", path(&s.sslcert)).map(PathBuf::from);
+        let key = self.first("sslkey", path(&s.sslkey)).map(PathBuf::from);
         let client = match (cert, key) {
             (Some(cert), Some(key)) => Some((cert, key)),
             (None, None) => {

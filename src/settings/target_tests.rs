@@ -83,3 +83,37 @@ fn debug_prints_no_password() {
     let t = settings.target_from(&with_env(&[])).unwrap();
     assert!(!format!("{settings:?} {t:?}").contains("hunter2"));
 }
+
+#[test]
+fn variables_of_libpq_count_where_nothing_nearer_speaks() {
+    let env = with_env(&[
+        ("PGCONNECT_TIMEOUT", "7"),
+        ("PGTARGETSESSIONATTRS", "read-write"),
+        ("PGCHANNELBINDING", "require"),
+        ("PGSSLNEGOTIATION", "postgres"),
+    ]);
+    let t = url("postgresql://u@h/d").target_from(&env).unwrap();
+    assert_eq!((t.connect_timeout, t.session_attrs), (Duration::from_secs(7), TargetSessionAttrs::ReadWrite));
+    assert_eq!(t.channel_binding, ChannelBinding::Require);
+    let mut settings = url("postgresql://u@h/d?target_session_attrs=any");
+    settings.connect_timeout = Duration::from_secs(3);
+    let t = settings.target_from(&env).unwrap();
+    assert_eq!((t.connect_timeout, t.session_attrs), (Duration::from_secs(3), TargetSessionAttrs::Any));
+    let e = url("postgresql://u@h/d").target_from(&with_env(&[("PGTARGETSESSIONATTRS", "primari")])).unwrap_err();
+    assert!(e.to_string().contains("target_session_attrs"), "{e}");
+}
+
+#[test]
+fn a_service_stands_between_the_settings_and_the_variables() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join(".pg_service.conf"), "[s]\nhost=filehost\nuser=fileuser\nsslmode=require\n")
+        .unwrap();
+    let home = dir.path().display().to_string();
+    let env = [("HOME", home.as_str()), ("PGSERVICE", "s"), ("PGHOST", "envhost"), ("PGDATABASE", "envdb")];
+    let mut settings = DatabaseSettings { user: Some("partuser".into()), ..DatabaseSettings::default() };
+    let t = settings.target_from(&with_env(&env)).unwrap();
+    assert_eq!((t.to_string().as_str(), t.tls.mode), ("partuser@filehost:5432/envdb", SslMode::Require));
+    settings.url = Some(SecretString::from("service=s"));
+    let t = settings.target_from(&with_env(&env[..1])).unwrap();
+    assert_eq!(t.to_string(), "fileuser@filehost:5432/fileuser");
+}

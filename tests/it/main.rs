@@ -18,6 +18,7 @@ mod killed;
 mod lease;
 mod life;
 mod lint;
+mod pooler;
 mod preflight;
 mod proof;
 mod rollback;
