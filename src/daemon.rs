@@ -20,7 +20,7 @@ use crate::job::JobSpec;
 use crate::ledger::job as jobs;
 use crate::ledger::lease::{self, Acquired, Lease};
 use crate::ledger::migrate;
-use crate::live::{Live, Tunables};
+use crate::live::{self, Live, Tunables};
 use crate::metrics;
 use crate::pg::connect::{Connector, Session};
 use crate::pg::pool::Pool;
@@ -262,7 +262,12 @@ impl Daemon {
             progress: self.progress.clone(),
         };
         let heartbeat = tokio::spawn(heartbeat::run(ctx.clone(), session, since));
-        let result = phases::Phases { ctx: &ctx, once: self.once }.run().await;
+        let tuning = tokio::spawn(live::watch(ctx.clone()));
+        let result = match live::refresh(&ctx).await {
+            Ok(()) => phases::Phases { ctx: &ctx, once: self.once }.run().await,
+            Err(e) => Err(e),
+        };
+        tuning.abort();
         if let Err(e) = &result
             && e.kind() == Kind::LeaseLost
         {

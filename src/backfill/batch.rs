@@ -128,7 +128,9 @@ pub async fn run(
     // Both statements go out together: one round trip.
     let (status, bound) =
         tokio::join!(tx.query_opt(&statements.fence, &fence), tx.query_opt(&statements.bound[after], &bound));
-    let status: String = status?.ok_or_else(|| lease::lost(ctx.job()))?.get(0);
+    let fenced = status?.ok_or_else(|| lease::lost(ctx.job()))?;
+    let status: String = fenced.get(0);
+    ctx.live.saw(fenced.get(1));
     if status != Status::Running.as_str() {
         tx.rollback().await?;
         return Ok(Batch::NotRunning);

@@ -157,7 +157,9 @@ impl HeapWalk {
             client.execute(&self.statements.fill, &range),
         );
         begun?;
-        let status: String = status?.ok_or_else(|| lease::lost(ctx.job()))?.get(0);
+        let fenced = status?.ok_or_else(|| lease::lost(ctx.job()))?;
+        let status: String = fenced.get(0);
+        ctx.live.saw(fenced.get(1));
         if status != Status::Running.as_str() {
             return Ok(Attempt::NotRunning);
         }

@@ -28,6 +28,7 @@ use crate::error::{Error, Kind, Result, Retry};
 use crate::job::spec::TriggerMode;
 use crate::ledger::checkpoint::{self, Checkpoint};
 use crate::ledger::{event, lease};
+use crate::live;
 use crate::metrics;
 use crate::pg::connect::Session;
 use crate::plan::batch_sql;
@@ -38,6 +39,8 @@ use crate::throttle::Throttle;
 const MAX_QUARANTINE: i64 = 1000;
 /// Statement timeouts in a row at the smallest batch before a human is asked: with doubling timeouts that is minutes.
 const MAX_TIMEOUTS_AT_FLOOR: u32 = 8;
+/// How often a lane that is one too many looks whether it may go on.
+const TURN_POLL: Duration = Duration::from_millis(100);
 /// How often a long run says how far it is.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 
@@ -104,6 +107,8 @@ struct Team {
 }
 
 struct Sum {
+    /// Lanes that have reached their end.
+    ended: Vec<bool>,
     /// Rows scanned, rows updated, batches; by lane.
     done: Vec<[i64; 3]>,
     rate: Rate,
@@ -117,10 +122,26 @@ impl Team {
             throttle: Throttle::start(ctx, lanes.iter().map(|l| &l.session)),
             rows_estimate: lanes.iter().map(|l| l.checkpoint.rows_estimate).sum(),
             sum: Mutex::new(Sum {
+                ended: lanes.iter().map(|l| l.checkpoint.finished).collect(),
                 done: lanes.iter().map(|l| done(&l.checkpoint)).collect(),
                 rate: Rate::new(Duration::from_secs(10)),
                 reported: Instant::now(),
             }),
+        }
+    }
+
+    /// Whether a lane may begin a batch: `batching.lanes` of those that are not at their end may, the first ones first. So
+    /// fewer lanes take effect at once, and more than the sweep has with the next sweep.
+    fn has_turn(&self, ctx: &Context, lane: usize) -> bool {
+        let most = ctx.live.now().batching.lanes as usize;
+        let sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
+        sum.ended.iter().take(lane).filter(|ended| !**ended).count() < most
+    }
+
+    fn ended(&self, lane: usize) {
+        let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mine) = sum.ended.get_mut(lane) {
+            *mine = true;
         }
     }
 
@@ -287,8 +308,13 @@ impl<'a> Loop<'a> {
             if self.team.stop.is_cancelled() {
                 return Ok(LaneEnd::Stopped);
             }
-            self.team.throttle.clear(ctx, self.lane == 0).await?;
             self.retune(ctx, session, walk, checkpoint).await?;
+            if !self.team.has_turn(ctx, self.lane) {
+                // Another lane finds out what changed; this one only waits for its turn.
+                ctx.pause(TURN_POLL).await?;
+                continue;
+            }
+            self.team.throttle.clear(ctx, self.lane == 0).await?;
             let rows = self.isolating.unwrap_or(self.sizer.rows());
             let isolating = self.isolating.is_some();
             let sizer = &mut self.sizer;
@@ -311,6 +337,7 @@ impl<'a> Loop<'a> {
                         sweep = checkpoint.sweep,
                         "the sweep reached its end"
                     );
+                    self.team.ended(self.lane);
                     return Ok(LaneEnd::Complete);
                 }
                 Ok(Batch::NotRunning) => return Ok(LaneEnd::NotRunning),
@@ -322,6 +349,9 @@ impl<'a> Loop<'a> {
 
     /// Takes over what changed since the last batch.
     async fn retune(&mut self, ctx: &Context, session: &Session, walk: &Walk, checkpoint: &Checkpoint) -> Result<()> {
+        if ctx.live.is_stale() {
+            live::refresh(ctx).await?;
+        }
         let target = ctx.live.now().batching.target_duration;
         let (least, most, _) = walk.limits(ctx, checkpoint);
         self.sizer.retune(target, least, most);

@@ -30,9 +30,10 @@ pub async fn pause(global: &Global, args: PauseArgs) -> Result<()> {
         match row.status {
             Status::Running => {
                 jobs::set_status(tx, &row.name, &[Status::Running], Status::Paused, &args.reason, &hint).await?;
-                Ok(format!("job {} pauses after the batch in flight; go on with: {hint}", row.name))
+                let text = format!("job {} pauses after the batch in flight; go on with: {hint}", row.name);
+                Ok(Said { text, detail: json!({ "reason": args.reason }) })
             }
-            Status::Paused => Ok(format!("job {} is paused already", row.name)),
+            Status::Paused => Ok(format!("job {} is paused already", row.name).into()),
             other => Err(Error::refused(format!("job {} is {other}; only a running job can be paused", row.name))),
         }
     })
@@ -102,12 +103,31 @@ pub async fn cutover(global: &Global, args: JobArg) -> Result<()> {
     .await
 }
 
+/// What a command did: for the operator, and for the events.
+pub(super) struct Said {
+    pub(super) text: String,
+    pub(super) detail: serde_json::Value,
+}
+
+impl From<String> for Said {
+    fn from(text: String) -> Self {
+        Self { text, detail: json!({}) }
+    }
+}
+
+/// Who it is, where: of a login that many share the database only knows the name.
+fn whose() -> String {
+    let user = whoami::username().unwrap_or_else(|_| "?".into());
+    let host = whoami::hostname().unwrap_or_else(|_| "?".into());
+    format!("{user}@{host}")
+}
+
 /// Reads the job's row for update, changes it, notes it in the events, and says what was done.
-async fn change(
+pub(super) async fn change<S: Into<Said>>(
     global: &Global,
     given: &str,
     what: &str,
-    body: impl AsyncFn(&tokio_postgres::Transaction<'_>, &jobs::JobRow) -> Result<String>,
+    body: impl AsyncFn(&tokio_postgres::Transaction<'_>, &jobs::JobRow) -> Result<S>,
 ) -> Result<()> {
     let settings = global.settings(true)?;
     let mut session = super::connect(&settings, "control").await?;
@@ -116,8 +136,12 @@ async fn change(
     let tx = session.client.transaction().await?;
     tx.execute("select from backfilld.job where name = $1 for no key update", &[&name]).await?;
     let row = jobs::get(&tx, &name).await?;
-    let said = body(&tx, &row).await?;
-    event::record(&tx, &name, what, json!({ "was": row.status.as_str(), "phase": row.phase.as_str() })).await?;
+    let Said { text, detail: more } = body(&tx, &row).await?.into();
+    let mut detail = json!({ "was": row.status.as_str(), "phase": row.phase.as_str(), "from": whose() });
+    if let (Some(all), Some(more)) = (detail.as_object_mut(), more.as_object()) {
+        all.extend(more.clone());
+    }
+    event::record(&tx, &name, what, detail).await?;
     tx.commit().await?;
-    super::print(&said)
+    super::print(&text)
 }

@@ -12,6 +12,7 @@ mod rollback;
 mod run;
 mod service_manager;
 mod status;
+mod tune;
 mod uninstall;
 mod verify;
 
@@ -83,6 +84,12 @@ enum Command {
     Resume(control::JobArg),
     /// Release the hold point at which a job stands
     Cutover(control::JobArg),
+    /// Change the pace or a limit of a running job, or show them
+    Tune(tune::TuneArgs),
+    /// Stop a job's batches for a while
+    Throttle(tune::ThrottleArgs),
+    /// Print the statements that let a role watch and control jobs
+    Grants(tune::GrantsArgs),
     /// Compare every row with its source, without changing anything
     Verify(verify::VerifyArgs),
     /// Undo a job: policies, functions, constraints, index, triggers
@@ -130,6 +137,9 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Pause(args) => control::pause(global, args).await,
         Command::Resume(args) => control::resume(global, args).await,
         Command::Cutover(args) => control::cutover(global, args).await,
+        Command::Tune(args) => tune::tune(global, args).await,
+        Command::Throttle(args) => tune::throttle(global, args).await,
+        Command::Grants(args) => tune::grants(&args),
         Command::Verify(args) => verify::run(global, args).await,
         Command::Rollback(args) => rollback::run(global, args).await,
         Command::Uninstall(args) => uninstall::run(global, args).await,

@@ -6,6 +6,7 @@ pub mod load;
 mod reference;
 pub mod spec;
 pub mod throttle;
+pub mod tune;
 mod validate;
 pub mod window;
 

@@ -206,7 +206,8 @@ fn policy_clauses(path: &str, policy: &Policy, out: &mut Vec<String>) {
     }
 }
 
-fn batching(b: &Batching, out: &mut Vec<String>) {
+/// The rules of `[batching]`.
+pub(super) fn batching(b: &Batching, out: &mut Vec<String>) {
     let (low, high) = (Duration::from_millis(10), Duration::from_secs(5));
     if b.target_duration < low || b.target_duration > high {
         out.push("batching.target_duration: expected 10ms to 5s".into());

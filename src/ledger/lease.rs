@@ -156,9 +156,11 @@ pub async fn release(client: &impl GenericClient, lease: &Lease) -> Result<()> {
     Ok(())
 }
 
-/// The statement that makes a transaction fail to commit without the lease. Parameters: job, epoch, holder.
+/// The statement that makes a transaction fail to commit without the lease. Parameters: job, epoch, holder. Gives the job's
+/// status and the version of its tuning.
 /// `FOR KEY SHARE` lets heartbeats pass and makes a takeover wait.
-pub const FENCE: &str = "select j.status from backfilld.lease l join backfilld.job j on j.name = l.job
+pub const FENCE: &str =
+    "select j.status, j.tuning_version from backfilld.lease l join backfilld.job j on j.name = l.job
      where l.job = $1 and l.epoch = $2 and l.holder = $3 for key share of l";
 
 /// Runs [`FENCE`]. Gives the job's status, so that a batch learns of a pause without a query of its own.

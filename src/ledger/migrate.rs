@@ -14,6 +14,7 @@ pub const MIGRATIONS: &[(i32, &str, &str)] = &[
     (3, "0003_lanes.sql", include_str!("../../migrations/0003_lanes.sql")),
     (4, "0004_access.sql", include_str!("../../migrations/0004_access.sql")),
     (5, "0005_verdict_state.sql", include_str!("../../migrations/0005_verdict_state.sql")),
+    (6, "0006_control.sql", include_str!("../../migrations/0006_control.sql")),
 ];
 
 /// Key of the advisory lock under which migrations run: "backfill" in ASCII.

@@ -11,4 +11,5 @@ pub mod job;
 pub mod lease;
 pub mod migrate;
 pub mod objects;
+pub mod tuning;
 pub mod verdict;

@@ -79,7 +79,10 @@ impl Throttle {
             let old = verdict.at.elapsed();
             // Two measurements may fail to come before the last one counts as old.
             let stale_after = ctx.live.now().throttle.every * 2 + probe::QUERY_TIMEOUT;
-            let waits = if old > stale_after {
+            let now = ctx.live.now();
+            let waits = if let Some(reason) = &now.throttled {
+                vec![Reading::no("operator", reason.clone())]
+            } else if old > stale_after {
                 vec![Reading::no("probe", format!("nothing could be measured for {} s", old.as_secs()))]
             } else {
                 verdict.waits
@@ -115,24 +118,32 @@ impl Throttle {
         self.batches.gave_way(session.pid)
     }
 
-    /// Rests after a batch that took `took`. A change of what decides about the rest takes effect while it lasts.
+    /// Rests after a batch that took `took`. A change of what decides about the rest takes effect while it lasts, and a job
+    /// that is no longer running ends it.
     ///
     /// # Errors
     /// Lease lost, interrupted.
     pub async fn rest(ctx: &Context, took: Duration) -> Result<()> {
         let began = Instant::now();
         let mut changes = ctx.live.changes();
+        let mut looked = began;
         loop {
             let left = Self::pause(&changes.borrow_and_update(), took).saturating_sub(began.elapsed());
             if left.is_zero() {
                 return Ok(());
             }
             tokio::select! {
-                () = tokio::time::sleep(left) => {}
+                () = tokio::time::sleep(left.min(LOOK_AT_STATUS)) => {}
                 Ok(()) = changes.changed() => {}
                 () = ctx.stopping() => {}
             }
             ctx.check()?;
+            if looked.elapsed() >= LOOK_AT_STATUS {
+                looked = Instant::now();
+                if ctx.status().await.is_ok_and(|s| s != Status::Running) {
+                    return Ok(());
+                }
+            }
         }
     }
 

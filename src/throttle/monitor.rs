@@ -24,13 +24,14 @@ pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>) {
     let mut changes = ctx.live.changes();
     loop {
         let every = changes.borrow_and_update().throttle.every;
-        let readings = match pass(&ctx, &mut probe, &mut session).await {
+        let mut readings = match pass(&ctx, &mut probe, &mut session).await {
             Ok(readings) => readings,
             Err(e) => {
                 session = None;
                 vec![Reading::no("probe", format!("the signals cannot be measured: {}", e.line()))]
             }
         };
+        readings.push(operator(&ctx));
         let waits = judge.judge(&readings);
         // First of all the batches have to stop.
         if verdicts.send(Verdict { at: Instant::now(), waits: waits.clone() }).is_err() {
@@ -56,6 +57,14 @@ pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>) {
         }
         // Other limits are looked at at once.
         let _ = tokio::time::timeout(every, changes.changed()).await;
+    }
+}
+
+/// Whether an operator stopped the batches for a while.
+fn operator(ctx: &Context) -> Reading {
+    match &ctx.live.now().throttled {
+        Some(reason) => Reading::no("operator", reason.clone()),
+        None => Reading::at_most("operator", 0.0, 1.0, ""),
     }
 }
 

@@ -33,5 +33,6 @@ mod sync_refusals;
 mod sync_sources;
 mod sync_values;
 mod throttle;
+mod tune;
 mod verdict;
 mod watching;
