@@ -188,10 +188,10 @@ async fn list(global: &Global, args: &TuneArgs) -> Result<()> {
     if args.json {
         return super::print_json(&all);
     }
-    let mut out = format!("{:<26} {:<10} {:<10} {}", "key", "now", "default", "expected");
+    let mut out = format!("{:<27} {:<10} {:<10} {}", "key", "now", "default", "expected");
     for k in &all {
         let text = |v: &str| if v.is_empty() { "-".to_owned() } else { v.to_owned() };
-        out.push_str(&format!("\n{:<26} {:<10} {:<10} {}", k.key, text(&k.now), text(&k.default), k.bounds));
+        out.push_str(&format!("\n{:<27} {:<10} {:<10} {}", k.key, text(&k.now), text(&k.default), k.bounds));
         if let Some(t) = &k.tuned {
             let until = t.until.as_deref().map_or(String::new(), |u| format!(", until {u}"));
             out.push_str(&format!(

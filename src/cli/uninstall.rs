@@ -46,7 +46,8 @@ pub async fn run(global: &Global, args: UninstallArgs) -> Result<()> {
         tx.batch_execute(
             "drop table backfilld.access_result, backfilld.access_run, backfilld.event, backfilld.object,
                backfilld.snapshot, backfilld.flipped, backfilld.verdict, backfilld.quarantine,
-               backfilld.checkpoint, backfilld.lease, backfilld.job, backfilld.schema_version;
+               backfilld.checkpoint, backfilld.lease, backfilld.tuning, backfilld.job, backfilld.schema_version;
+             drop function backfilld.sign_tuning(), backfilld.count_tuning(), backfilld.guard_job();
              drop schema backfilld",
         )
         .await?;
