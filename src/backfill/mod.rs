@@ -11,17 +11,17 @@ pub mod plan_check;
 pub mod settle;
 pub mod sizer;
 pub mod sweep;
+mod team;
 pub mod walk;
 
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rand::RngExt;
-use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::batch::{Batch, Failed};
 use self::sizer::Sizer;
+use self::team::Team;
 use self::walk::{Lane, Walk};
 use crate::context::{Context, Outcome};
 use crate::error::{Error, Kind, Result, Retry};
@@ -32,7 +32,7 @@ use crate::live;
 use crate::metrics;
 use crate::pg::connect::Session;
 use crate::plan::batch_sql;
-use crate::progress::{self, Eta, LaneRows, Rate};
+use crate::progress::{self, Eta, LaneRows};
 use crate::throttle::Throttle;
 
 /// Rows in quarantine beyond which the fault is not a row's but the job's.
@@ -41,8 +41,6 @@ const MAX_QUARANTINE: i64 = 1000;
 const MAX_TIMEOUTS_AT_FLOOR: u32 = 8;
 /// How often a lane that is one too many looks whether it may go on.
 const TURN_POLL: Duration = Duration::from_millis(100);
-/// How often a long run says how far it is.
-const REPORT_EVERY: Duration = Duration::from_secs(10);
 
 /// What a batch session is set to besides [`SESSION_SETTINGS`](crate::pg::connect::SESSION_SETTINGS) and its timeouts. A
 /// lost commit loses rows and checkpoint together, so it need not wait for the disk. Plans are made anew for each batch,
@@ -95,74 +93,6 @@ enum LaneEnd {
     Rewritten,
     /// Another lane stopped.
     Stopped,
-}
-
-/// What the lanes share.
-struct Team {
-    /// Fires when one of them stops before its end.
-    stop: CancellationToken,
-    throttle: Throttle,
-    rows_estimate: i64,
-    sum: Mutex<Sum>,
-}
-
-struct Sum {
-    /// Lanes that have reached their end.
-    ended: Vec<bool>,
-    /// Rows scanned, rows updated, batches; by lane.
-    done: Vec<[i64; 3]>,
-    rate: Rate,
-    reported: Instant,
-}
-
-impl Team {
-    fn new(ctx: &Context, lanes: &[Lane]) -> Self {
-        Self {
-            stop: CancellationToken::new(),
-            throttle: Throttle::start(ctx, lanes.iter().map(|l| &l.session)),
-            rows_estimate: lanes.iter().map(|l| l.checkpoint.rows_estimate).sum(),
-            sum: Mutex::new(Sum {
-                ended: lanes.iter().map(|l| l.checkpoint.finished).collect(),
-                done: lanes.iter().map(|l| done(&l.checkpoint)).collect(),
-                rate: Rate::new(Duration::from_secs(10)),
-                reported: Instant::now(),
-            }),
-        }
-    }
-
-    /// Whether a lane may begin a batch: `batching.lanes` of those that are not at their end may, the first ones first. So
-    /// fewer lanes take effect at once, and more than the sweep has with the next sweep.
-    fn has_turn(&self, ctx: &Context, lane: usize) -> bool {
-        let most = ctx.live.now().batching.lanes as usize;
-        let sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
-        sum.ended.iter().take(lane).filter(|ended| !**ended).count() < most
-    }
-
-    fn ended(&self, lane: usize) {
-        let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mine) = sum.ended.get_mut(lane) {
-            *mine = true;
-        }
-    }
-
-    /// Notes how far a lane is. Gives the sums, rows per second, and whether it is time to say so.
-    fn note(&self, lane: usize, checkpoint: &Checkpoint) -> ([i64; 3], f64, bool) {
-        let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mine) = sum.done.get_mut(lane) {
-            *mine = done(checkpoint);
-        }
-        let all = sum.done.iter().fold([0; 3], |a, d| [a[0] + d[0], a[1] + d[1], a[2] + d[2]]);
-        let rate = sum.rate.observe(Instant::now(), all[0]);
-        let report = sum.reported.elapsed() > REPORT_EVERY;
-        if report {
-            sum.reported = Instant::now();
-        }
-        (all, rate, report)
-    }
-}
-
-fn done(c: &Checkpoint) -> [i64; 3] {
-    [c.rows_scanned, c.rows_updated, c.batches]
 }
 
 /// A session for batches: bounded waits, no application triggers if the job says so, fresh plans.
