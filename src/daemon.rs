@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::context::Context;
 use crate::error::{Error, Kind, Result, Retry};
+use crate::hooks::{self, Hooks, Webhook};
 use crate::job::JobSpec;
 use crate::ledger::job as jobs;
 use crate::ledger::lease::{self, Acquired, Lease};
@@ -47,6 +48,8 @@ pub struct Daemon {
     pub connector: Connector,
     /// Connections for short statements.
     pub pool: Pool,
+    /// Who is told what happens.
+    webhook: Option<Webhook>,
 }
 
 impl Daemon {
@@ -55,6 +58,7 @@ impl Daemon {
     /// # Errors
     /// Input errors of the connection settings.
     pub fn new(settings: Settings, spec: JobSpec, once: bool) -> Result<Self> {
+        let webhook = hooks::check(&settings.hooks)?;
         let connector = Connector::new(&settings.database)?;
         let pool = Pool::new(&connector, &settings.database, "pool")?;
         let progress = Progress::default();
@@ -70,6 +74,7 @@ impl Daemon {
             progress,
             connector,
             pool,
+            webhook,
         })
     }
 
@@ -263,9 +268,11 @@ impl Daemon {
         };
         let heartbeat = tokio::spawn(heartbeat::run(ctx.clone(), session, since));
         let tuning = tokio::spawn(live::watch(ctx.clone()));
-        let result = match live::refresh(&ctx).await {
-            Ok(()) => phases::Phases { ctx: &ctx, once: self.once }.run().await,
-            Err(e) => Err(e),
+        let hooks = Hooks::start(&ctx, self.webhook.clone()).await;
+        let result = match (&hooks, live::refresh(&ctx).await) {
+            (Ok(_), Ok(())) => phases::Phases { ctx: &ctx, once: self.once }.run().await,
+            (Err(e), _) => Err(Error::new(e.kind(), e.line())),
+            (_, Err(e)) => Err(e),
         };
         tuning.abort();
         if let Err(e) = &result
@@ -284,6 +291,9 @@ impl Daemon {
             warn!(job = self.job(), "the lease could not be given back, it expires by itself: {e}");
         }
         metrics::lease(self.job(), false, ctx.lease.epoch);
+        if let Ok(hooks) = hooks {
+            hooks.finish().await;
+        }
         result.map_err(|e| self.or_forgotten(e))
     }
 }

@@ -13,6 +13,7 @@ pub mod demo;
 pub mod error;
 pub mod expand;
 mod fault;
+pub mod hooks;
 pub mod http;
 pub mod job;
 pub mod ledger;

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 const NOT_IMPLEMENTED: &[(&str, &str)] = &[
     ("access", "access comparison under roles and claims"),
     ("watch", "watching after the flip"),
-    ("hooks", "notifications"),
+    ("hooks", "a hook in a job (hooks are settings of the daemon, docs/control.md)"),
     ("target.partitions", "partitioned targets"),
     ("columns.exists", "columns that exist already"),
     ("columns.on_conflict", "columns that exist already"),

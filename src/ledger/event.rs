@@ -42,14 +42,35 @@ pub async fn latest(client: &impl GenericClient, job: &str, limit: i64) -> Resul
             &[&job, &limit],
         )
         .await?;
-    let event = |r: &tokio_postgres::Row| Event {
-        at: r.get(0),
-        at_ms: r.get(4),
-        kind: r.get(1),
-        detail: r.get(2),
-        actor: r.get(3),
-    };
     Ok(rows.iter().map(event).collect())
+}
+
+/// The number of a job's newest event; 0: there is none.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn newest(client: &impl GenericClient, job: &str) -> Result<i64> {
+    let sql = "select coalesce(max(id), 0) from backfilld.event where job = $1";
+    Ok(client.query_one(sql, &[&job]).await?.get(0))
+}
+
+/// The events of a job behind a number, oldest first, with their numbers; a thousand at most.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn after(client: &impl GenericClient, job: &str, id: i64) -> Result<Vec<(i64, Event)>> {
+    let rows = client
+        .query(
+            "select at::text, kind, detail, actor, (extract(epoch from at) * 1000)::int8, id
+             from backfilld.event where job = $1 and id > $2 order by id limit 1000",
+            &[&job, &id],
+        )
+        .await?;
+    Ok(rows.iter().map(|r| (r.get(5), event(r))).collect())
+}
+
+fn event(r: &tokio_postgres::Row) -> Event {
+    Event { at: r.get(0), at_ms: r.get(4), kind: r.get(1), detail: r.get(2), actor: r.get(3) }
 }
 
 /// The phases that a job has been through: name, begin and end, Unix time in milliseconds. What an earlier job of the same

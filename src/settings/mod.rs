@@ -68,6 +68,8 @@ pub struct Settings {
     pub lease: LeaseSettings,
     /// How statements that take strong locks are tried.
     pub ddl: DdlSettings,
+    /// Who is told what happens to the job.
+    pub hooks: HookSettings,
     /// Key path to where its value came from; a key that is missing here has its default.
     #[serde(skip)]
     sources: BTreeMap<String, String>,
@@ -214,6 +216,51 @@ pub struct DdlSettings {
     pub retry_max_wait: Duration,
 }
 
+/// Who is told what happens to the job: each phase, a hold point, a pause, a failure, the end, a long wait, rows that cannot
+/// be updated. Nothing of it holds up the backfill. docs/control.md says what is told.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HookSettings {
+    /// Program to run for each event: an absolute path, without arguments and without a shell. It finds the event in its
+    /// environment (BACKFILLD_EVENT, BACKFILLD_JOB, BACKFILLD_PHASE, BACKFILLD_STATUS, BACKFILLD_REASON, BACKFILLD_HINT,
+    /// BACKFILLD_AT, BACKFILLD_INSTANCE) and nothing of the daemon's own.
+    pub command: Option<PathBuf>,
+    /// How long the program may take before it is killed, 1s to 5m.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "duration"))]
+    pub timeout: Duration,
+    /// Address to which each event is posted as JSON, http or https; any answer but 2xx is tried again for half a minute.
+    /// Secret, as it may hold a token.
+    #[serde(serialize_with = "show::secret")]
+    #[schemars(with = "Option<String>", extend("format" = "secret"))]
+    pub webhook: Option<SecretString>,
+    /// Sent with each post as `Authorization: Bearer ...`.
+    #[serde(serialize_with = "show::secret")]
+    #[schemars(with = "Option<String>", extend("format" = "secret"))]
+    pub webhook_secret: Option<SecretString>,
+    /// File that holds the secret and nothing else, instead of `webhook_secret`.
+    pub webhook_secret_file: Option<PathBuf>,
+    /// A wait of the batches that takes longer than this is told, once, 1s to 7days.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "duration"))]
+    pub throttled_after: Duration,
+}
+
+impl Default for HookSettings {
+    fn default() -> Self {
+        Self {
+            command: None,
+            // A program that asks a chat service takes a second or two.
+            timeout: Duration::from_secs(10),
+            webhook: None,
+            webhook_secret: None,
+            webhook_secret_file: None,
+            // Longer than a checkpoint or a nightly import's peak: short waits are what the throttle is for.
+            throttled_after: Duration::from_secs(10 * 60),
+        }
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
@@ -223,6 +270,7 @@ impl Default for Settings {
             log: LogSettings::default(),
             lease: LeaseSettings::default(),
             ddl: DdlSettings::default(),
+            hooks: HookSettings::default(),
             sources: BTreeMap::new(),
         }
     }

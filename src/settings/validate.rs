@@ -49,6 +49,28 @@ impl Settings {
         between("ddl.lock_timeout", self.ddl.lock_timeout, Duration::from_millis(10), 2 * second)?;
         between("ddl.patience", self.ddl.patience, second, 7 * 24 * hour)?;
         between("ddl.retry_max_wait", self.ddl.retry_max_wait, Duration::from_millis(100), 5 * minute)?;
+        let h = &self.hooks;
+        between("hooks.timeout", h.timeout, second, 5 * minute)?;
+        between("hooks.throttled_after", h.throttled_after, second, 7 * 24 * hour)?;
+        if let Some(program) = h.command.as_deref().filter(|p| !p.is_absolute()) {
+            return Err(Error::input(format!(
+                "`hooks.command`: expected an absolute path, found {}",
+                program.display()
+            )));
+        }
+        for (key, set) in
+            [("webhook_secret", h.webhook_secret.is_some()), ("webhook_secret_file", h.webhook_secret_file.is_some())]
+        {
+            if set && h.webhook.is_none() {
+                return Err(Error::input(format!("`hooks.{key}`: expected nothing, as there is no `hooks.webhook`")));
+            }
+        }
+        if h.webhook_secret.is_some() && h.webhook_secret_file.is_some() {
+            return Err(Error::input(
+                "`hooks.webhook_secret_file`: expected nothing, as `hooks.webhook_secret` is set",
+            )
+            .with_hint("keep one of the two"));
+        }
         listen_address(&self.http.listen)?;
         log_filter(&self.log.level).map(|_| ())
     }

@@ -14,6 +14,7 @@ mod demo_migration;
 mod guide;
 mod heap;
 mod heap_model;
+mod hooks;
 mod interleaving;
 mod killed;
 mod lease;
