@@ -68,6 +68,25 @@ struct Run {
     /// Share of HOT updates in percent.
     hot: f64,
     latency: Option<Latency>,
+    /// Of the daemon's process: peak memory in MB, CPU in percent of the time; NaN where there is none.
+    memory: f64,
+    cpu: f64,
+    /// WAL as a multiple of one image of each page of the heap and 100 bytes per row.
+    floor: f64,
+}
+
+/// What a way came to.
+struct Filled {
+    seconds: f64,
+    after: [f64; 6],
+    /// Peak memory in MB and CPU seconds of the daemon's process.
+    process: Option<(f64, f64)>,
+}
+
+impl Filled {
+    async fn of(seconds: f64, db: &Database) -> Result<Self> {
+        Ok(Self { seconds, after: sizes(&db.admin).await?, process: None })
+    }
 }
 
 /// WAL position in bytes, heap, indexes, full-page images, updates, HOT updates.
@@ -108,7 +127,7 @@ pub async fn run(world: &World, runs: u32, ways: &[Way], foreground: Option<u32>
         results.iter().filter(|r| r.0 == way).map(|r| get(&r.1)).collect()
     };
     let middle = |way: Way, get: fn(&Run) -> f64| median(&values(way, get));
-    let (mut rows, mut ratios, mut data) = (Vec::new(), Vec::new(), serde_json::Map::new());
+    let (mut rows, mut ratios, mut floors, mut data) = (Vec::new(), Vec::new(), Vec::new(), serde_json::Map::new());
     for &way in ways {
         rows.push((
             way.label().to_owned(),
@@ -134,11 +153,19 @@ pub async fn run(world: &World, runs: u32, ways: &[Way], foreground: Option<u32>
                 format!("{:.0}%", middle(way, |r| r.hot)),
             ],
         ));
+        let process = [middle(way, |r| r.memory), middle(way, |r| r.cpu)];
+        let cell = |value: f64, unit: &str| if value.is_nan() { "-".into() } else { format!("{value:.1}{unit}") };
+        floors.push((
+            way.label().to_owned(),
+            vec![format!("{:.2}", middle(way, |r| r.floor)), cell(process[0], ""), cell(process[1], "%")],
+        ));
         let latencies: Vec<_> = results.iter().filter(|r| r.0 == way).filter_map(|r| r.1.latency.as_ref()).collect();
         let values = json!({
             "rows_per_second": values(way, |r| r.rate), "wal_mb": values(way, |r| r.wal),
             "full_page_images": values(way, |r| r.images), "heap_growth_percent": values(way, |r| r.heap),
             "index_growth_percent": values(way, |r| r.indexes), "hot_percent": values(way, |r| r.hot),
+            "daemon_peak_mb": values(way, |r| r.memory), "daemon_cpu_percent": values(way, |r| r.cpu),
+            "wal_of_floor": values(way, |r| r.floor),
             "foreground_ms": latencies.iter().map(|l| l.json()).collect::<Vec<_>>(),
         });
         data.insert(way.label().to_owned(), values);
@@ -148,6 +175,8 @@ pub async fn run(world: &World, runs: u32, ways: &[Way], foreground: Option<u32>
     report.add("fill", Table { title: "Fill", head, rows }, data.into());
     let head = vec!["/keyset", "/UPDATE", "WAL/keys", "WAL/UPD", "HOT"];
     report.add("ratios", Table { title: "Ratios of rows/s and WAL", head, rows: ratios }, json!({}));
+    let head = vec!["of floor", "peak MB", "CPU"];
+    report.add("process", Table { title: "WAL; the daemon's process", head, rows: floors }, json!({}));
     if foreground.is_some() {
         let mut rows = vec![("alone".to_owned(), Latency::cells(&quiet.iter().collect::<Vec<_>>()))];
         for &way in ways {
@@ -178,9 +207,9 @@ async fn one(world: &World, way: Way, foreground: Option<u32>) -> Result<Run> {
     };
     let before = sizes(&db.admin).await?;
     let fixed = format!("{KEYSET}\ninitial_rows = {ROWS}\nmin_rows = {ROWS}\nmax_rows = {ROWS}");
-    let (seconds, after) = match way {
-        Way::OneUpdate => one_update(&db).await?,
-        Way::Loop => sql_loop(&db).await?,
+    let Filled { seconds, after, process } = match way {
+        Way::OneUpdate => one_update(world, &db).await?,
+        Way::Loop => sql_loop(world, &db).await?,
         Way::Bare => bare_loop(world, &db).await?,
         Way::Keyset => daemon(world, &db, &fixed).await?,
         Way::KeysetSized => daemon(world, &db, KEYSET).await?,
@@ -217,13 +246,18 @@ async fn one(world: &World, way: Way, foreground: Option<u32>) -> Result<Run> {
         images: after[3] - before[3],
         hot: 100.0 * (counted[5] - before[5]) / (counted[4] - before[4]).max(1.0),
         latency,
+        memory: process.map_or(f64::NAN, |p| p.0),
+        cpu: process.map_or(f64::NAN, |p| 100.0 * p.1 / seconds),
+        floor: (after[0] - before[0]) / (before[1] + 100.0 * world.rows as f64),
     })
 }
 
 /// The reference's statement, in one transaction. The application's triggers are skipped here as well, or it would send a
 /// notification per row.
-async fn one_update(db: &Database) -> Result<(f64, [f64; 6])> {
-    db.admin.batch_execute("set session_replication_role = replica").await?;
+async fn one_update(world: &World, db: &Database) -> Result<Filled> {
+    if !world.fires() {
+        db.admin.batch_execute("set session_replication_role = replica").await?;
+    }
     let began = Instant::now();
     db.admin
         .batch_execute(
@@ -231,12 +265,14 @@ async fn one_update(db: &Database) -> Result<(f64, [f64; 6])> {
              WHERE m.conversation_id = c.id AND m.auth_user_id IS NULL",
         )
         .await?;
-    Ok((began.elapsed().as_secs_f64(), sizes(&db.admin).await?))
+    Filled::of(began.elapsed().as_secs_f64(), db).await
 }
 
 /// What many write by hand: keys in order, a thousand at a time, a commit after each.
-async fn sql_loop(db: &Database) -> Result<(f64, [f64; 6])> {
-    db.admin.batch_execute("set session_replication_role = replica").await?;
+async fn sql_loop(world: &World, db: &Database) -> Result<Filled> {
+    if !world.fires() {
+        db.admin.batch_execute("set session_replication_role = replica").await?;
+    }
     let key: String = db
         .admin
         .query_one("select format_type(atttypid, -1) from pg_attribute where attrelid = 'public.messages'::regclass and attname = 'id'", &[])
@@ -259,11 +295,11 @@ async fn sql_loop(db: &Database) -> Result<(f64, [f64; 6])> {
     );
     let began = Instant::now();
     db.admin.batch_execute(&sql).await?;
-    Ok((began.elapsed().as_secs_f64(), sizes(&db.admin).await?))
+    Filled::of(began.elapsed().as_secs_f64(), db).await
 }
 
 /// Every statement of the daemon's batches in the same order, with a constant size, and nothing around them.
-async fn bare_loop(world: &World, db: &Database) -> Result<(f64, [f64; 6])> {
+async fn bare_loop(world: &World, db: &Database) -> Result<Filled> {
     let mut client = connect(&world.cluster.url(sample::DAEMON, &db.name)).await?;
     client.batch_execute(SESSION_SETTINGS).await?;
     client.batch_execute(BATCH_SETTINGS).await?;
@@ -322,16 +358,17 @@ async fn bare_loop(world: &World, db: &Database) -> Result<(f64, [f64; 6])> {
         tx.commit().await?;
         cursor = key;
     }
-    Ok((began.elapsed().as_secs_f64(), sizes(&db.admin).await?))
+    Filled::of(began.elapsed().as_secs_f64(), db).await
 }
 
-async fn daemon(world: &World, db: &Database, batching: &str) -> Result<(f64, [f64; 6])> {
+async fn daemon(world: &World, db: &Database, batching: &str) -> Result<Filled> {
     let job = Job { hold_before: "\"constrain\"", batching };
     let mut daemon = world.daemon(&db.name, "bench", &job, &[], &[])?;
     db.until(&mut daemon, |phase, _, _| phase != "backfill").await?;
     let after = sizes(&db.admin).await?;
+    let process = crate::resources::usage(daemon.child.id())?;
     daemon.terminate().await?;
     let seconds = "select (detail ->> 'duration_ms')::float8 / 1000 from backfilld.event
                    where kind = 'phase' and detail ->> 'phase' = 'backfill'";
-    Ok((db.admin.query_one(seconds, &[]).await?.get(0), after))
+    Ok(Filled { seconds: db.admin.query_one(seconds, &[]).await?.get(0), after, process: Some(process) })
 }

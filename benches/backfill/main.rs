@@ -40,6 +40,9 @@ struct Args {
     /// A bigint key, in the order of the heap, instead of uuid v4
     #[arg(long)]
     bigint: bool,
+    /// Another kind of table than the demo's
+    #[arg(long, value_enum)]
+    shape: Option<world::Shape>,
     /// While the column is filled, so many transactions per second by pgbench
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     foreground: Option<u32>,
@@ -89,7 +92,7 @@ fn main() -> ExitCode {
 
 async fn run(args: &Args) -> Result<()> {
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
-    let world = World::start(args.rows, &args.max_wal_size, args.bigint).await?;
+    let world = World::start(args.rows, &args.max_wal_size, args.bigint, args.shape).await?;
     let mut report = Report::new(&world, &args.max_wal_size)?;
     if wanted(Section::Fill) {
         let ways = if args.ways.is_empty() { &fill::WAYS[..] } else { &args.ways };

@@ -44,7 +44,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<()> {
 }
 
 /// Peak resident memory in MB, and CPU seconds so far.
-fn usage(pid: u32) -> Result<(f64, f64)> {
+pub fn usage(pid: u32) -> Result<(f64, f64)> {
     let read = |file: &str| {
         let path = format!("/proc/{pid}/{file}");
         std::fs::read_to_string(&path).map_err(|e| Error::internal(format!("cannot read {path}")).with_source(e))

@@ -7,7 +7,7 @@ use tokio_postgres::{Client, GenericClient, Statement};
 use tracing::{info, warn};
 
 use super::batch::{Batch, Failed};
-use super::heap_cursor::{HOT_WORKS, HeapCursor, MAX_SLICE_PAGES, Slice, Steering, initial_rounds};
+use super::heap_cursor::{HOT_NEVER, HOT_WORKS, HeapCursor, MAX_SLICE_PAGES, Slice, Steering, initial_rounds};
 use super::horizon::{self, Holder};
 use super::plan_check::PlanCheck;
 use crate::context::Context;
@@ -22,6 +22,8 @@ use crate::plan::steps::Walk;
 
 /// Updates in later rounds from which their share of HOT ones means something.
 const ENOUGH_UPDATES: u64 = 200;
+/// Updates in later rounds from which it is certain that none of them is HOT: many batches, so not a passing snapshot.
+const MANY_UPDATES: u64 = 2000;
 /// How often a holder of an old snapshot is looked after while it is waited for.
 const HORIZON_POLL: Duration = Duration::from_secs(1);
 
@@ -227,7 +229,9 @@ impl HeapWalk {
         }
         self.asked = true;
         let known = self.held_by.take();
-        let Some(holder) = horizon::holder(client, &since).await? else { return Ok(()) };
+        let Some(holder) = horizon::holder(client, &since).await? else {
+            return self.nobody_holds(ctx, client).await;
+        };
         if known.as_ref() == Some(&holder) {
             self.held_by = known;
             return Ok(());
@@ -259,6 +263,25 @@ impl HeapWalk {
         event::record(client, ctx.job(), "horizon", detail).await?;
         self.held_by = Some(holder);
         Ok(())
+    }
+
+    /// Nobody keeps dead versions, and yet hardly any update is HOT: several rounds are of no use then.
+    async fn nobody_holds(&mut self, ctx: &Context, client: &Client) -> Result<()> {
+        let (hot, all) = self.hot[1];
+        if hot as f64 >= HOT_NEVER * all as f64 {
+            return Ok(());
+        }
+        if all < MANY_UPDATES {
+            self.asked = false;
+            return Ok(());
+        }
+        self.steering.several_are_futile();
+        warn!(
+            job = ctx.job(),
+            "going on in single rounds: {hot} of {all} updates are HOT although nothing holds back pruning; does a trigger \
+             change an indexed column?"
+        );
+        event::record(client, ctx.job(), "not_hot", serde_json::json!({ "hot": hot, "updates": all })).await
     }
 
     /// Moves the checkpoint. `None`: the table was rewritten, the checkpoint stands where it was.

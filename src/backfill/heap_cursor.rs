@@ -124,6 +124,11 @@ pub fn lanes_for(pages: u64, wanted: u32) -> u32 {
 /// Share of HOT updates below which the rounds after the first do not work.
 pub const HOT_WORKS: f64 = 0.4;
 
+/// Share of HOT updates below which they are not just too few: something keeps updates from being HOT at all.
+pub const HOT_NEVER: f64 = 0.05;
+/// Windows in single rounds before several are tried again: costs one window in seventeen where they do not work.
+const FUTILE_WINDOWS: u32 = 16;
+
 /// Chooses the rounds of the next window from what was seen in this one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Steering {
@@ -131,12 +136,20 @@ pub struct Steering {
     initial: u32,
     /// Fewer than this were tried and left too little room.
     floor: u32,
+    /// Windows left that are taken in single rounds, since several are of no use.
+    futile: u32,
 }
 
 impl Steering {
     /// Begins with `initial` rounds.
     pub fn new(initial: u32) -> Self {
-        Self { initial: rounds_limit(initial), floor: 1 }
+        Self { initial: rounds_limit(initial), floor: 1, futile: 0 }
+    }
+
+    /// Updates are not HOT although nobody keeps dead versions: they change an indexed column, by a trigger for example.
+    /// Then rounds only cost.
+    pub fn several_are_futile(&mut self) {
+        self.futile = FUTILE_WINDOWS;
     }
 
     /// Rounds of the next window. `first`, `others`: the share of HOT updates (0 to 1) in the first round and in the others
@@ -146,7 +159,8 @@ impl Steering {
     /// Room on the pages from the start (fillfactor, dead rows that were pruned) needs fewer rounds. Where the later rounds
     /// find too little, they take too much at once. While nothing can be pruned, rounds only cost.
     pub fn next(&mut self, rounds: u32, first: Option<f64>, others: Option<f64>, held: bool) -> u32 {
-        if held {
+        self.futile = self.futile.saturating_sub(1);
+        if held || self.futile > 0 {
             return 1;
         }
         match (first, others) {
@@ -215,6 +229,18 @@ mod tests {
         assert_eq!(steering.next(4, Some(0.1), Some(0.5), false), 8);
         assert_eq!(steering.next(8, Some(0.95), Some(0.9), false), 8, "four were too few");
         assert_eq!(steering.next(16, None, None, false), 16);
+    }
+
+    #[test]
+    fn rounds_that_are_of_no_use_are_tried_again_later() {
+        let mut steering = Steering::new(8);
+        steering.several_are_futile();
+        let mut rounds = 8;
+        for _ in 1..FUTILE_WINDOWS {
+            rounds = steering.next(rounds, Some(0.0), None, false);
+            assert_eq!(rounds, 1);
+        }
+        assert_eq!(steering.next(rounds, Some(0.0), None, false), 8);
     }
 
     #[test]

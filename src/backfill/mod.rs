@@ -12,6 +12,7 @@ pub mod settle;
 pub mod sizer;
 pub mod sweep;
 mod team;
+pub mod wal;
 pub mod walk;
 
 use std::time::Duration;
@@ -107,7 +108,9 @@ async fn connect(ctx: &Context) -> Result<Session> {
     // would often be the application (hazard 3).
     let lock_ms = (deadlock_ms / 4).clamp(20, 250);
     session.client.batch_execute(&format!("set lock_timeout = {lock_ms}; {BATCH_SETTINGS}")).await?;
-    set_statement_timeout(&session, ctx.live.now().batching.target_duration, 0).await?;
+    let batching = ctx.live.now().batching.clone();
+    set_statement_timeout(&session, batching.target_duration, 0).await?;
+    wal::compress(&session.client, ctx.job(), batching.wal_compression).await?;
     if ctx.spec.side_effects.triggers == Some(TriggerMode::Skip) {
         session.client.batch_execute("set session_replication_role = replica").await.map_err(|e| {
             Error::from(e).context("the application's triggers cannot be skipped").with_hint(

@@ -372,6 +372,9 @@ pub struct Batching {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub horizon_wait: Duration,
+    /// How the WAL of batches is compressed, which is mostly full-page images where checkpoints are frequent. Needs PostgreSQL
+    /// 15 and `grant set on parameter wal_compression`, or a superuser. Takes effect with the next connection.
+    pub wal_compression: WalCompression,
 }
 
 impl Default for Batching {
@@ -388,8 +391,29 @@ impl Default for Batching {
             lanes: 1,
             // Longer than a request or a report on a dashboard, shorter than anybody's patience with a job that stands still.
             horizon_wait: Duration::from_secs(60),
+            wal_compression: WalCompression::Auto,
         }
     }
+}
+
+/// Compression of full-page images in the WAL that batches write.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WalCompression {
+    /// `lz4` where the login may set it and the server has it, else the server's own setting: a third to a half less WAL
+    /// for a twentieth to a tenth more time.
+    #[default]
+    Auto,
+    /// The server's own setting.
+    Server,
+    /// None.
+    Off,
+    /// LZ4.
+    Lz4,
+    /// PostgreSQL's own method: slower than LZ4, no smaller.
+    Pglz,
+    /// Zstandard: a sixth less than LZ4, and slower.
+    Zstd,
 }
 
 /// How rows are walked.

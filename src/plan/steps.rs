@@ -139,7 +139,8 @@ pub fn walk(spec: &JobSpec, facts: &Facts) -> (Walk, &'static str) {
         Strategy::Keyset => (Walk::Keyset, "keyset: by key, as the job wants it"),
         Strategy::Heap | Strategy::Auto if is_heap => (
             Walk::Heap,
-            "heap: page ranges in several committed rounds, so that nearly all updates are HOT; least WAL and growth",
+            "heap: page ranges in several committed rounds, so that nearly all updates are HOT; least WAL and growth. Where \
+             updates cannot be HOT (an indexed column changes) or have room anyway (fillfactor), in fewer rounds or one",
         ),
         _ => (Walk::Keyset, "keyset: by key, since the target is not an ordinary heap table"),
     }

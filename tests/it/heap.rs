@@ -1,8 +1,11 @@
 //! The walk in heap order: every row once, whatever happens to the table meanwhile.
 
-use backfilld::demo::sample::APP_OWNER;
-
 use crate::killed::{ROWS, checkpoint_is_right, is_complete, run_through};
+use backfilld::backfill::{heap_cursor, wal};
+use backfilld::demo::sample::{APP_OWNER, DAEMON};
+use backfilld::job::spec::WalCompression;
+use backfilld::plan::heap_sql;
+
 use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, wait_until};
 
 /// A daemon that was killed after its first batches, in the middle of the rounds of its only window.
@@ -247,4 +250,74 @@ async fn another_sweep_walks_the_ranges_of_all_lanes() {
     Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "sweeping again");
     assert_eq!(ledger.number("select max(sweep) from backfilld.checkpoint").await, 2);
     assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
+}
+
+/// A trigger that changes an indexed column: no update is HOT, so several rounds only cost.
+#[tokio::test]
+async fn where_no_update_can_be_hot_it_goes_on_in_single_rounds() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(45_000)).await);
+    let ledger = Ledger::new(&db).await;
+    job.replace("triggers = \"skip\"", "triggers = \"fire\"");
+    job.replace("[target]", "hold_before = [\"constrain\"]\n[target]");
+    job.replace("max_rows = 100", "max_rows = 10000");
+    ledger.run("create index on public.messages (updated_at)").await;
+    ledger.run("vacuum analyze public.messages").await;
+    let ended = Cli::new(&db).run(&["run", "--once", job.path()]).await;
+    ended.expect(5, "going on in single rounds");
+    assert_eq!(ledger.number("select count(*) from backfilld.event where kind = 'not_hot'").await, 1);
+    assert_eq!(ledger.number("select heap_rounds::int8 from backfilld.checkpoint").await, 1);
+    assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
+}
+
+/// On a page there can be 291 line pointers, more than fit into the byte that the slice looks at.
+#[tokio::test]
+async fn every_line_pointer_is_in_one_round_also_beyond_255() {
+    let db = TestDb::new(Template::Empty).await;
+    let client = db.admin().await;
+    // Pages of 226 rows. Without vacuum, line pointers of deleted rows are not used again, but their room is.
+    for sql in [
+        "create table narrow with (autovacuum_enabled = off) as select n from generate_series(1, 3000) n",
+        "delete from narrow where n % 2 = 0",
+    ] {
+        client.batch_execute(sql).await.expect("a table");
+    }
+    let number = async |sql: &str| -> i64 { client.query_one(sql, &[]).await.expect("a number").get(0) };
+    wait_until("there are more than 255 on a page", async || {
+        client.batch_execute("update narrow set n = -n where n % 5 = 0").await.expect("an update");
+        number("select max((ctid::text::point)[1])::int8 from narrow").await > 255
+    })
+    .await;
+    for rounds in [1, 2, 4, 8, heap_cursor::MAX_ROUNDS as i32] {
+        let mut seen = Vec::new();
+        for round in 0..rounds {
+            let sql = format!("select ctid::text from narrow t where {}", heap_sql::SLICE);
+            let rows = client.query(&sql, &[&"(0,0)", &"(1000,0)", &(rounds - 1), &round]).await.expect("rows");
+            assert!(rounds == 1 || rows.len() < 3000);
+            seen.extend(rows.iter().map(|r| r.get::<_, String>(0)));
+        }
+        seen.sort();
+        let before = seen.len();
+        seen.dedup();
+        assert_eq!((seen.len() as i64, before), (number("select count(*) from narrow").await, seen.len()));
+    }
+}
+
+#[tokio::test]
+async fn wal_of_batches_is_compressed_where_the_login_may() {
+    let db = TestDb::new(Template::Schema).await;
+    let version = "select current_setting('server_version_num')::int8";
+    let grantable = Ledger::new(&db).await.number(version).await >= 150_000;
+    let (ours, other) = (db.client(DAEMON).await, db.client(APP_OWNER).await);
+    let now = async |client: &tokio_postgres::Client| -> String {
+        client.query_one("show wal_compression", &[]).await.expect("a setting").get(0)
+    };
+    for client in [&ours, &other] {
+        wal::compress(client, "job", WalCompression::Auto).await.expect("never an error");
+    }
+    if grantable {
+        assert_ne!(now(&ours).await, "off");
+    }
+    assert_eq!(now(&other).await, "off");
+    let refused = wal::compress(&other, "job", WalCompression::Pglz).await.expect_err("no right");
+    assert!(refused.render().contains("grant set on parameter wal_compression"), "{}", refused.render());
 }

@@ -25,9 +25,9 @@ begin
     end if;
   end loop;
 
-  -- Who may set the parameter for batches: from version 15 on this can be granted, before it takes a superuser.
+  -- Who may set the parameters for batches: from version 15 on this can be granted, before it takes a superuser.
   if current_setting('server_version_num')::int >= 150000 then
-    execute 'grant set on parameter session_replication_role to backfilld';
+    execute 'grant set on parameter session_replication_role, wal_compression to backfilld';
   end if;
 end
 $$;
