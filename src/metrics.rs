@@ -30,6 +30,8 @@ pub const BATCH_DURATION: &str = "backfilld_batch_duration_seconds";
 pub const BATCH_ROWS: &str = "backfilld_batch_rows";
 /// Rows the next batch will ask for.
 pub const BATCH_SIZE_TARGET: &str = "backfilld_batch_size_target_rows";
+/// Share of time that each lane works.
+pub const PACE: &str = "backfilld_pace_ratio";
 /// Progress of the phase.
 pub const PROGRESS: &str = "backfilld_progress_ratio";
 /// Estimated end.
@@ -105,7 +107,7 @@ use MetricType::{Counter, Gauge, Histogram};
 
 /// All metrics, in the order of docs/metrics.md.
 #[rustfmt::skip]
-pub const METRICS: [Metric; 27] = [
+pub const METRICS: [Metric; 28] = [
     metric(BUILD_INFO, Gauge, Unit::Count, &["version"], "always 1; the version is a label"),
     metric(JOB_PHASE, Gauge, Unit::Count, &["job", "phase"], "1 for the phase the job is in, 0 for the others"),
     metric(ROWS_SCANNED, Counter, Unit::Count, &["job"], "rows that committed batches have looked at"),
@@ -116,6 +118,7 @@ pub const METRICS: [Metric; 27] = [
     metric(BATCH_DURATION, Histogram, Unit::Seconds, &["job"], "time of a committed batch from begin to commit"),
     metric(BATCH_ROWS, Histogram, Unit::Count, &["job"], "rows filled by a committed batch"),
     metric(BATCH_SIZE_TARGET, Gauge, Unit::Count, &["job"], "rows the next batch will ask for"),
+    metric(PACE, Gauge, Unit::Count, &["job"], "share of time that each lane works, 0 to 1"),
     metric(PROGRESS, Gauge, Unit::Count, &["job"], "done part of the current phase, 0 to 1"),
     metric(ETA, Gauge, Unit::Seconds, &["job"], "estimated end of the current phase as Unix time; 0 while unknown"),
     metric(RETRIES, Counter, Unit::Count, &["job", "sqlstate"], "batches and statements that failed and were tried again"),
@@ -252,6 +255,11 @@ pub fn batch_size_target(job: &str, rows: u64) {
     gauge!(BATCH_SIZE_TARGET, "job" => job.to_owned()).set(float(rows));
 }
 
+/// Share of time that each lane works.
+pub fn pace(job: &str, pace: f64) {
+    gauge!(PACE, "job" => job.to_owned()).set(pace);
+}
+
 /// Rows in quarantine now.
 pub fn quarantined(job: &str, rows: u64) {
     gauge!(ROWS_QUARANTINED, "job" => job.to_owned()).set(float(rows));
@@ -377,6 +385,7 @@ mod tests {
         phase("j", "backfill");
         batch("j", Duration::from_millis(90), 1000, 900, 100);
         batch_size_target("j", 1100);
+        pace("j", 0.1);
         quarantined("j", 2);
         progress("j", 0.25, Some(1e9));
         retry("j", Some("40P01"));

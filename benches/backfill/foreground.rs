@@ -54,6 +54,11 @@ impl Foreground {
         Ok(Self { child, dir, rate, began: now() })
     }
 
+    /// Forgets what was until now.
+    pub fn mark(&mut self) {
+        self.began = now();
+    }
+
     /// Ends it. Gives the latency of each transaction up to now, with the time it was late: a client that has to wait sends
     /// later.
     pub async fn stop(mut self) -> Result<Latency> {

@@ -5,6 +5,7 @@ mod fill;
 mod flip;
 mod foreground;
 mod interrupt;
+mod pace;
 mod report;
 mod resources;
 mod verify;
@@ -46,6 +47,9 @@ struct Args {
     /// While the column is filled, so many transactions per second by pgbench
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     foreground: Option<u32>,
+    /// With --only pace: the whole curve, not just the default beside nothing
+    #[arg(long)]
+    curve: bool,
     /// Only these sections
     #[arg(long, value_delimiter = ',', value_enum)]
     only: Vec<Section>,
@@ -66,6 +70,8 @@ enum Section {
     Flip,
     /// Speed of the verification
     Verify,
+    /// The application's latency against the rate; only by name
+    Pace,
 }
 
 fn main() -> ExitCode {
@@ -112,6 +118,10 @@ async fn run(args: &Args) -> Result<()> {
         if wanted(Section::Flip) {
             flip::run(&world, &ready, args.flips, &mut report).await?;
         }
+    }
+    if args.only.contains(&Section::Pace) {
+        let rate = args.foreground.unwrap_or(200);
+        pace::run(&world, args.runs, args.curve, rate, &mut report).await?;
     }
     let path = report.write()?;
     println!("{report}");

@@ -34,7 +34,6 @@ use crate::metrics;
 use crate::pg::connect::Session;
 use crate::plan::batch_sql;
 use crate::progress::{self, Eta, LaneRows};
-use crate::throttle::Throttle;
 
 /// Rows in quarantine beyond which the fault is not a row's but the job's.
 const MAX_QUARANTINE: i64 = 1000;
@@ -223,7 +222,8 @@ impl<'a> Loop<'a> {
         Self {
             lane,
             team,
-            sizer: Sizer::new(ctx.live.now().batching.target_duration, least, most, first),
+            // The stored size was found at a pace such as this one.
+            sizer: Sizer::new(team.throttle.batch_target(ctx), least, most, first),
             target: Duration::ZERO,
             isolating: None,
             retries: 0,
@@ -257,10 +257,13 @@ impl<'a> Loop<'a> {
                 }
                 sizer.rows()
             });
-            match batch.await {
+            let flight = self.team.throttle.flight();
+            let ended = batch.await;
+            drop(flight);
+            match ended {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
                     self.committed(ctx, session, checkpoint, scanned, updated, took).await?;
-                    Throttle::rest(ctx, took).await?;
+                    self.team.throttle.rest(ctx, took).await?;
                 }
                 Ok(Batch::End) => {
                     info!(
@@ -287,7 +290,7 @@ impl<'a> Loop<'a> {
         }
         let target = ctx.live.now().batching.target_duration;
         let (least, most, _) = walk.limits(ctx, checkpoint);
-        self.sizer.retune(target, least, most);
+        self.sizer.retune(self.team.throttle.batch_target(ctx), least, most);
         if target != self.target {
             self.target = target;
             set_statement_timeout(session, target, self.timeouts_at_floor).await?;
@@ -361,6 +364,7 @@ impl<'a> Loop<'a> {
                 rows_estimate,
                 rows_per_second = rate as i64,
                 batch_size = self.sizer.rows(),
+                pace = self.team.throttle.pace(),
                 "backfilling"
             );
         }
@@ -381,6 +385,9 @@ impl<'a> Loop<'a> {
             Retry::Smaller => {
                 self.retries += 1;
                 metrics::retry(ctx.job(), error.sqlstate());
+                if sqlstate != "57014" {
+                    self.team.throttle.press();
+                }
                 let gave_way = sqlstate == "57014" && self.team.throttle.gave_way(session);
                 if self.sizer.at_floor() && sqlstate == "57014" && !gave_way {
                     self.timeouts_at_floor += 1;

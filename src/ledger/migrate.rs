@@ -15,6 +15,7 @@ pub const MIGRATIONS: &[(i32, &str, &str)] = &[
     (4, "0004_access.sql", include_str!("../../migrations/0004_access.sql")),
     (5, "0005_verdict_state.sql", include_str!("../../migrations/0005_verdict_state.sql")),
     (6, "0006_control.sql", include_str!("../../migrations/0006_control.sql")),
+    (7, "0007_pulse.sql", include_str!("../../migrations/0007_pulse.sql")),
 ];
 
 /// Key of the advisory lock under which migrations run: "backfill" in ASCII.

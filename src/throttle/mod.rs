@@ -6,7 +6,9 @@ mod database;
 pub mod endpoint;
 mod monitor;
 pub mod operator;
+pub mod pacing;
 pub mod probe;
+mod pulse;
 mod replication;
 pub mod signal;
 
@@ -18,9 +20,12 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use self::blocking::Batches;
+pub use self::pulse::Flight;
+use self::pulse::Pulse;
 use self::signal::Reading;
 use crate::context::Context;
 use crate::error::Result;
+use crate::job::throttle::Pace;
 use crate::ledger::event;
 use crate::live::Tunables;
 use crate::metrics;
@@ -43,7 +48,8 @@ struct Verdict {
 pub struct Throttle {
     verdicts: watch::Receiver<Verdict>,
     batches: Arc<Batches>,
-    tasks: [JoinHandle<()>; 2],
+    pulse: Arc<Pulse>,
+    tasks: [JoinHandle<()>; 3],
 }
 
 impl Drop for Throttle {
@@ -59,11 +65,13 @@ impl Throttle {
         sessions.for_each(|s| batches.add(s));
         let first = Verdict { at: Instant::now(), waits: vec![Reading::no("probe", "nothing was measured yet")] };
         let (sender, verdicts) = watch::channel(first);
+        let pulse = Arc::new(Pulse::new(&ctx.live.now().throttle));
         let tasks = [
-            tokio::spawn(monitor::run(ctx.clone(), sender)),
-            tokio::spawn(give_way(ctx.clone(), Arc::clone(&batches))),
+            tokio::spawn(pulse::run(ctx.clone(), Arc::clone(&pulse))),
+            tokio::spawn(monitor::run(ctx.clone(), sender, Arc::clone(&pulse))),
+            tokio::spawn(give_way(ctx.clone(), Arc::clone(&batches), Arc::clone(&pulse))),
         ];
-        Self { verdicts, batches, tasks }
+        Self { verdicts, batches, pulse, tasks }
     }
 
     /// Waits until a batch may begin. Also comes back when the job's status is no longer `running`: the batch sees it
@@ -118,23 +126,50 @@ impl Throttle {
         self.batches.gave_way(session.pid)
     }
 
+    /// To be held while a batch runs.
+    pub fn flight(&self) -> Flight<'_> {
+        self.pulse.flight()
+    }
+
+    /// A batch failed for want of a lock: somebody was in its way, and it may have been in theirs.
+    pub fn press(&self) {
+        self.pulse.press();
+    }
+
+    /// Share of time that a lane works now.
+    pub fn pace(&self) -> f64 {
+        *self.pulse.pace().borrow()
+    }
+
+    /// How long the next batch may take, of a target for full speed.
+    pub fn batch_target(&self, ctx: &Context) -> Duration {
+        let live = ctx.live.now();
+        match live.throttle.pace {
+            Pace::Auto => pacing::batch_target(self.pace(), live.batching.target_duration),
+            Pace::Constant => live.batching.target_duration,
+        }
+    }
+
     /// Rests after a batch that took `took`. A change of what decides about the rest takes effect while it lasts, and a job
     /// that is no longer running ends it.
     ///
     /// # Errors
     /// Lease lost, interrupted.
-    pub async fn rest(ctx: &Context, took: Duration) -> Result<()> {
+    pub async fn rest(&self, ctx: &Context, took: Duration) -> Result<()> {
         let began = Instant::now();
         let mut changes = ctx.live.changes();
         let mut looked = began;
+        let mut paces = self.pulse.pace();
         loop {
-            let left = Self::pause(&changes.borrow_and_update(), took).saturating_sub(began.elapsed());
+            let pace = *paces.borrow_and_update();
+            let left = pause(&changes.borrow_and_update(), pace, took).saturating_sub(began.elapsed());
             if left.is_zero() {
                 return Ok(());
             }
             tokio::select! {
                 () = tokio::time::sleep(left.min(LOOK_AT_STATUS)) => {}
                 Ok(()) = changes.changed() => {}
+                Ok(()) = paces.changed() => {}
                 () = ctx.stopping() => {}
             }
             ctx.check()?;
@@ -146,30 +181,34 @@ impl Throttle {
             }
         }
     }
+}
 
-    /// The pause after a batch that took `took`.
-    fn pause(now: &Tunables, took: Duration) -> Duration {
-        let duty = now.throttle.duty;
-        now.batching.pause + took.mul_f64((1.0 - duty) / duty)
-    }
+/// The pause after a batch that took `took`.
+fn pause(now: &Tunables, pace: f64, took: Duration) -> Duration {
+    let duty = match now.throttle.pace {
+        Pace::Auto => pace.min(now.throttle.duty),
+        Pace::Constant => now.throttle.duty,
+    };
+    now.batching.pause + took.mul_f64((1.0 - duty) / duty)
 }
 
 /// Looks over and over whom our batches keep waiting. What it cannot see has another bound: the batch's own duration.
-async fn give_way(ctx: Context, batches: Arc<Batches>) {
+async fn give_way(ctx: Context, batches: Arc<Batches>, pulse: Arc<Pulse>) {
     loop {
-        if let Err(e) = watch_locks(&ctx, &batches).await {
+        if let Err(e) = watch_locks(&ctx, &batches, &pulse).await {
             warn!(job = ctx.job(), sqlstate = e.sqlstate(), "locks cannot be looked at: {e}");
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
-async fn watch_locks(ctx: &Context, batches: &Batches) -> Result<()> {
+async fn watch_locks(ctx: &Context, batches: &Batches, pulse: &Pulse) -> Result<()> {
     let session = ctx.connect("locks").await?;
     session.client.batch_execute(&probe::session_settings()).await?;
     loop {
         let n = batches.give_way(&session.client, ctx.live.now().throttle.give_way_after).await?;
         if n > 0 {
+            pulse.press();
             info!(job = ctx.job(), batches = n, "cancelled a batch that kept somebody waiting");
             let client = ctx.client().await?;
             event::record(&**client, ctx.job(), "gave_way", serde_json::json!({ "batches": n })).await?;

@@ -1,5 +1,6 @@
 //! The task that measures: publishes a verdict, says why batches wait, and holds the job beyond a critical limit.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::watch;
@@ -7,6 +8,7 @@ use tracing::{error, info, warn};
 
 use super::Verdict;
 use super::probe::{self, Probe};
+use super::pulse::Pulse;
 use super::signal::{self, Judge, Reading};
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -16,12 +18,13 @@ use crate::pg::connect::Session;
 use crate::phase::Status;
 
 /// Measures over and over.
-pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>) {
+pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>, pulse: Arc<Pulse>) {
     let mut session: Option<Session> = None;
     let mut probe = Probe::default();
     let mut judge = Judge::default();
     let mut said: Option<String> = None;
     let mut changes = ctx.live.changes();
+    pulse.begun().await;
     loop {
         let every = changes.borrow_and_update().throttle.every;
         let mut readings = match pass(&ctx, &mut probe, &mut session).await {
@@ -32,7 +35,12 @@ pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>) {
             }
         };
         readings.push(operator(&ctx));
+        let now = ctx.live.now();
+        if now.throttle.wants("commit_latency") {
+            readings.push(pulse.reading(&now.throttle));
+        }
         let waits = judge.judge(&readings);
+        pulse.stop(!waits.is_empty());
         // First of all the batches have to stop.
         if verdicts.send(Verdict { at: Instant::now(), waits: waits.clone() }).is_err() {
             return;
@@ -45,7 +53,7 @@ pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>) {
             let others = readings.iter().filter(|r| !waits.contains(r)).map(|r| r.shown(false));
             p.signals = waits.iter().map(|r| r.shown(true)).chain(others).collect();
         });
-        if let Some((reading, limit)) = signal::critical(&readings, &ctx.live.now().throttle.critical) {
+        if let Some((reading, limit)) = signal::critical(&readings, &now.throttle.critical) {
             hold(&ctx, reading, limit).await;
         }
         // Not at each change of a value.

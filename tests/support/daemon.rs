@@ -19,6 +19,9 @@ use super::{TestDb, wait_until};
 /// Name of the shipped job.
 pub const JOB: &str = "messages_auth_user_id";
 
+/// Tests run side by side on one server, each an application that the others' batches would be gentle with.
+const CONSTANT: &str = "[throttle]\npace = \"constant\"\n";
+
 /// A copy of the shipped job that a test may change.
 pub struct JobDir {
     dir: TempDir,
@@ -35,6 +38,7 @@ impl JobDir {
         }
         let out = Self { dir };
         out.append("\n[batching]\nstrategy = \"keyset\"\ninitial_rows = 100\nmax_rows = 100\nmin_rows = 1\ntarget_duration = \"2s\"");
+        out.append(CONSTANT);
         out
     }
 
@@ -70,7 +74,12 @@ impl JobDir {
     }
 
     pub fn append(&self, lines: &str) {
-        self.edit("job.toml", |text| text + lines + "\n");
+        // A table can be there only once.
+        self.edit("job.toml", |text| match lines.contains("[throttle]\n") {
+            true if lines.contains("pace = ") => text.replace(CONSTANT, "") + lines + "\n",
+            true => text.replace(CONSTANT, "") + &lines.replacen("[throttle]\n", CONSTANT, 1) + "\n",
+            false => text + lines + "\n",
+        });
     }
 
     pub fn spec(&self) -> JobSpec {

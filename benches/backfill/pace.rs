@@ -1,0 +1,124 @@
+//! What the pace costs: the application's latency and the backfill's rate from gentle to unthrottled, and with the defaults.
+
+use std::time::{Duration, Instant};
+
+use backfilld::{Error, Result};
+use serde_json::json;
+
+use crate::foreground::{Foreground, Latency};
+use crate::report::{Report, Table, median};
+use crate::world::{JOB, Job, World, say};
+
+/// How long each run is looked at; a fast one ends before.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// Duty, and the target duration of a batch in milliseconds; the last two are the default and nobody.
+const POINTS: [(&str, &str); 6] = [
+    ("alone", ""),
+    ("duty 0.05, 5 ms", "target_duration = \"5ms\"\n[throttle]\npace = \"constant\"\nduty = 0.05"),
+    ("duty 0.1, 10 ms", "target_duration = \"10ms\"\n[throttle]\npace = \"constant\"\nduty = 0.1"),
+    ("duty 0.3, 30 ms", "target_duration = \"30ms\"\n[throttle]\npace = \"constant\"\nduty = 0.3"),
+    ("unthrottled", "[throttle]\npace = \"constant\""),
+    (AUTO, ""),
+];
+const AUTO: &str = "default (auto)";
+
+struct Run {
+    point: &'static str,
+    /// Rows per second.
+    rate: f64,
+    latency: Latency,
+}
+
+pub async fn run(world: &World, runs: u32, all: bool, rate: u32, report: &mut Report) -> Result<()> {
+    let points: Vec<_> = POINTS.into_iter().filter(|p| all || [POINTS[0].0, AUTO].contains(&p.0)).collect();
+    let mut results = Vec::new();
+    for turn in 0..runs as usize {
+        for i in 0..points.len() {
+            let (point, batching) = points[(i + turn) % points.len()];
+            say(&format!("pace {} of {runs}: {point}", turn + 1));
+            results.push(one(world, point, batching, rate).await?);
+        }
+    }
+    // With nobody beside it.
+    let mut idle = Vec::new();
+    for batching in [POINTS[4].1, ""] {
+        idle.push(without_others(world, batching).await?);
+    }
+    let of = |point: &str| results.iter().filter(|r| r.point == point).collect::<Vec<_>>();
+    let mut rows = Vec::new();
+    for (point, _) in &points {
+        let runs = of(point);
+        let rate = median(&runs.iter().map(|r| r.rate).collect::<Vec<_>>());
+        let latencies: Vec<_> = runs.iter().map(|r| &r.latency).collect();
+        let mut cells = vec![format!("{rate:.0}")];
+        cells.extend(Latency::cells(&latencies).into_iter().take(4));
+        rows.push(((*point).to_owned(), cells));
+    }
+    rows.push(("idle, unthrottled".into(), vec![format!("{:.0}", idle[0])]));
+    rows.push(("idle, default (auto)".into(), vec![format!("{:.0}", idle[1])]));
+    let data = results
+        .iter()
+        .map(|r| json!({ "point": r.point, "rows_per_second": r.rate, "foreground_ms": r.latency.json() }))
+        .collect::<Vec<_>>();
+    let data = json!({ "transactions_per_second": rate, "runs": data, "idle_rows_per_second": idle });
+    report.add(
+        "pace",
+        Table { title: "Pace", head: vec!["rows/s", "p50 ms", "p95 ms", "p99 ms", "max ms"], rows },
+        data,
+    );
+    Ok(())
+}
+
+async fn filled(db: &crate::world::Database) -> Result<i64> {
+    let sql = "select coalesce(sum(rows_updated), 0)::int8 from backfilld.checkpoint";
+    Ok(db.admin.query_one(sql, &[]).await?.get(0))
+}
+
+async fn one(world: &World, point: &'static str, batching: &str, rate: u32) -> Result<Run> {
+    let db = world.copy("expanded").await?;
+    world.command(&db.name, &["cutover", JOB])?;
+    let mut traffic = Foreground::start(world, &db, rate)?;
+    // Caches are warm, and connections are there.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    if point == POINTS[0].0 {
+        traffic.mark();
+        tokio::time::sleep(LOOK).await;
+        let run = Run { point, rate: 0.0, latency: traffic.stop().await? };
+        world.discard(db).await?;
+        return Ok(run);
+    }
+    let job = Job { hold_before: "\"constrain\"", batching };
+    let mut daemon = world.daemon(&db.name, "pace", &job, &[], &[])?;
+    db.until(&mut daemon, |_, _, batches| batches > 0).await?;
+    traffic.mark();
+    let (began, before) = (Instant::now(), filled(&db).await?);
+    while began.elapsed() < LOOK {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        if db.progress().await?.0 != "backfill" {
+            break;
+        }
+    }
+    let (took, rows) = (began.elapsed().as_secs_f64(), filled(&db).await? - before);
+    let latency = traffic.stop().await?;
+    if daemon.has_ended()? {
+        return Err(Error::failed("the daemon ended"));
+    }
+    drop(daemon);
+    world.discard(db).await?;
+    Ok(Run { point, rate: rows as f64 / took, latency })
+}
+
+async fn without_others(world: &World, batching: &str) -> Result<f64> {
+    let db = world.copy("expanded").await?;
+    world.command(&db.name, &["cutover", JOB])?;
+    let job = Job { hold_before: "\"constrain\"", batching };
+    let mut daemon = world.daemon(&db.name, "pace", &job, &[], &[])?;
+    db.until(&mut daemon, |_, _, batches| batches > 0).await?;
+    let (began, before) = (Instant::now(), filled(&db).await?);
+    db.until(&mut daemon, |phase, _, _| phase != "backfill").await?;
+    let rate = (filled(&db).await? - before) as f64 / began.elapsed().as_secs_f64();
+    drop(daemon);
+    world.discard(db).await?;
+    Ok(rate)
+}

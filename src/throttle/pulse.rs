@@ -1,0 +1,252 @@
+//! The task that feels what batches cost others: a small write, committed as the application commits, now beside a batch
+//! and now between two, and a look at who else works. From both the [`Pacer`] makes the pace.
+//!
+//! The batches' own commits do not wait for the disk, so they tell nothing. The write is an upsert of one row of ours, some
+//! times per second; nothing reads it, so it needs no fence.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rand::RngExt as _;
+use tokio::sync::watch;
+use tokio_postgres::Client;
+use tracing::{debug, warn};
+
+use super::pacing::{self, Pacer, Seen, TICK};
+use super::probe::QUERY_TIMEOUT;
+use super::signal::Reading;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::job::throttle::{Pace, Throttle as Section};
+use crate::metrics;
+
+/// Least time between two writes: at most a dozen small commits per second.
+const SPACING: Duration = Duration::from_millis(80);
+/// The same while nobody else works.
+const SPACING_ALONE: Duration = Duration::from_millis(250);
+/// How long the next write waits for a batch, or for its end.
+const WAIT_FOR_MOMENT: Duration = Duration::from_millis(250);
+/// Writes whose median is the signal `commit_latency`.
+const LAST: usize = 9;
+/// How often it is tried again when the connection is lost.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the pulse, the monitor and the lanes share.
+pub(super) struct Pulse {
+    /// Batches in flight.
+    flights: watch::Sender<usize>,
+    /// Share of time that a lane works.
+    pace: watch::Sender<f64>,
+    /// The last commit times in seconds, when the last of them was, or why there is none.
+    latest: Mutex<Latest>,
+    pressed: AtomicBool,
+    stopped: AtomicBool,
+}
+
+#[derive(Default)]
+struct Latest {
+    took: VecDeque<f64>,
+    at: Option<Instant>,
+    failed: Option<String>,
+}
+
+/// A batch in flight; it has landed when this is dropped.
+pub struct Flight<'a> {
+    flights: &'a watch::Sender<usize>,
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        self.flights.send_modify(|n| *n = n.saturating_sub(1));
+    }
+}
+
+impl Pulse {
+    pub(super) fn new(section: &Section) -> Self {
+        let first = match section.pace {
+            Pace::Auto => Pacer::default().pace().min(section.duty),
+            Pace::Constant => section.duty,
+        };
+        Self {
+            flights: watch::Sender::new(0),
+            pace: watch::Sender::new(first),
+            latest: Mutex::default(),
+            pressed: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn flight(&self) -> Flight<'_> {
+        self.flights.send_modify(|n| *n += 1);
+        Flight { flights: &self.flights }
+    }
+
+    /// Share of time that a lane works.
+    pub(super) fn pace(&self) -> watch::Receiver<f64> {
+        self.pace.subscribe()
+    }
+
+    /// A batch was in somebody's way, or somebody in its.
+    pub(super) fn press(&self) {
+        self.pressed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether batches wait for a signal.
+    pub(super) fn stop(&self, stopped: bool) {
+        self.stopped.store(stopped, Ordering::Relaxed);
+    }
+
+    /// The signal `commit_latency`.
+    pub(super) fn reading(&self, section: &Section) -> Reading {
+        let signal = "commit_latency";
+        let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(why) = &latest.failed {
+            return Reading::no(signal, format!("it cannot be measured: {why}"));
+        }
+        match latest.at {
+            None => Reading::no(signal, "nothing was measured yet"),
+            Some(at) if at.elapsed() > QUERY_TIMEOUT * 2 => {
+                Reading::no(signal, format!("no commit for {} s", at.elapsed().as_secs()))
+            }
+            Some(_) => {
+                let mut sorted: Vec<f64> = latest.took.iter().copied().collect();
+                sorted.sort_by(f64::total_cmp);
+                let median = sorted.get(sorted.len() / 2).copied().unwrap_or_default();
+                Reading::at_most(signal, median, section.commit_latency.as_secs_f64(), "s")
+            }
+        }
+    }
+
+    /// Waits until the first commit was measured, or could not be, but not for long.
+    pub(super) async fn begun(&self) {
+        let _ = tokio::time::timeout(RETRY, async {
+            while !self.has_begun() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+    }
+
+    /// Whether a commit was measured, or could not be.
+    fn has_begun(&self) -> bool {
+        let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.at.is_some() || latest.failed.is_some()
+    }
+
+    fn measured(&self, took: Duration) {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.took.push_back(took.as_secs_f64());
+        let excess = latest.took.len().saturating_sub(LAST);
+        latest.took.drain(..excess);
+        latest.at = Some(Instant::now());
+        latest.failed = None;
+    }
+
+    fn failed(&self, why: String) {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        *latest = Latest { failed: Some(why), ..Latest::default() };
+    }
+}
+
+/// Feels over and over.
+pub(super) async fn run(ctx: Context, pulse: std::sync::Arc<Pulse>) {
+    let mut pacer = Pacer::default();
+    loop {
+        if let Err(e) = beat(&ctx, &pulse, &mut pacer).await {
+            warn!(job = ctx.job(), sqlstate = e.sqlstate(), "commits cannot be measured: {}", e.line());
+            pulse.failed(e.line());
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn beat(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer) -> Result<()> {
+    let session = ctx.connect("pulse").await?;
+    let settings = format!(
+        "set statement_timeout = {}; set lock_timeout = '100ms'; reset synchronous_commit",
+        QUERY_TIMEOUT.as_millis()
+    );
+    session.client.batch_execute(&settings).await?;
+    let write = session
+        .client
+        .prepare(
+            "insert into backfilld.pulse (job, at) values ($1, clock_timestamp())
+             on conflict (job) do update set at = excluded.at",
+        )
+        .await?;
+    let mut flights = pulse.flights.subscribe();
+    let mut seen = Seen::default();
+    let mut ticked = Instant::now();
+    let mut beside = false;
+    loop {
+        let began = Instant::now();
+        beside = !beside;
+        if pulse.has_begun() {
+            moment(&mut flights, beside, pacer.pace(), ctx).await;
+        }
+        let before = *flights.borrow_and_update();
+        let sent = Instant::now();
+        let answer = tokio::time::timeout(QUERY_TIMEOUT * 2, session.client.execute(&write, &[&ctx.job()])).await;
+        answer.map_err(|_| Error::internal("the server does not answer"))??;
+        let took = sent.elapsed();
+        pulse.measured(took);
+        let flew = before > 0 || flights.has_changed().unwrap_or(false);
+        if flew {
+            seen.beside.push(took.as_secs_f64())
+        } else {
+            seen.between.push(took.as_secs_f64())
+        }
+        if ticked.elapsed() >= TICK {
+            ticked = Instant::now();
+            seen.others = others(&session.client).await?;
+            seen.pressed = pulse.pressed.swap(false, Ordering::Relaxed);
+            seen.stopped = pulse.stopped.load(Ordering::Relaxed);
+            publish(ctx, pulse, pacer, std::mem::take(&mut seen));
+        }
+        let spacing = if pacer.beside_others() { SPACING } else { SPACING_ALONE };
+        tokio::time::sleep(spacing.saturating_sub(began.elapsed())).await;
+    }
+}
+
+/// Waits for a moment beside a batch, or between two; not for long, there may be none.
+async fn moment(flights: &mut watch::Receiver<usize>, beside: bool, pace: f64, ctx: &Context) {
+    let there = tokio::time::timeout(WAIT_FOR_MOMENT, flights.wait_for(|n| (*n > 0) == beside)).await.is_ok();
+    if beside && there {
+        // Somewhere in its first half: batches differ, and a write that always comes at the beginning sees one part only.
+        let batch = pacing::batch_target(pace, ctx.live.now().batching.target_duration);
+        let into = batch.mul_f64(rand::rng().random_range(0.0..0.5));
+        tokio::time::sleep(into).await;
+    }
+}
+
+/// Whether somebody else worked on this server within the last tick. Who may not see others has to assume it.
+async fn others(client: &Client) -> Result<bool> {
+    let row = client
+        .query_one(
+            "select count(*) > 0 from pg_stat_activity
+             where application_name not like 'backfilld/%'
+               and (query = '<insufficient privilege>'
+                    or backend_type = 'client backend'
+                       and (state in ('active', 'fastpath function call')
+                            or state_change > clock_timestamp() - make_interval(secs => $1)))",
+            &[&TICK.as_secs_f64()],
+        )
+        .await?;
+    Ok(row.get(0))
+}
+
+fn publish(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer, seen: Seen) {
+    let live = ctx.live.now();
+    let before = pacer.pace();
+    let pace = match live.throttle.pace {
+        Pace::Auto => pacer.tick(seen, live.throttle.duty, live.throttle.latency_budget),
+        Pace::Constant => live.throttle.duty,
+    };
+    if pace != before {
+        debug!(job = ctx.job(), pace, others = pacer.beside_others(), "pace");
+    }
+    metrics::pace(ctx.job(), pace);
+    pulse.pace.send_if_modified(|now| std::mem::replace(now, pace) != pace);
+}
