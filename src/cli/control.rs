@@ -76,6 +76,7 @@ async fn retry_quarantined(tx: &tokio_postgres::Transaction<'_>, row: &jobs::Job
 /// Sets the job running. Nobody knows what happened to the data while it stood still, so before anything enforcing the
 /// proof is made anew (I6).
 async fn go_on(tx: &tokio_postgres::Transaction<'_>, row: &jobs::JobRow) -> Result<String> {
+    ledger::verification::forget(tx, &row.name).await?;
     if row.phase.needs_verdict() {
         jobs::set_phase(tx, &row.name, row.phase, Phase::Verify).await?;
     }

@@ -45,7 +45,8 @@ pub async fn run(global: &Global, args: UninstallArgs) -> Result<()> {
         // By name, not CASCADE: if somebody put something of theirs into our schema, this fails and nothing is lost.
         tx.batch_execute(
             "drop table backfilld.access_result, backfilld.access_run, backfilld.event, backfilld.object,
-               backfilld.snapshot, backfilld.flipped, backfilld.verdict, backfilld.quarantine,
+               backfilld.snapshot, backfilld.flipped, backfilld.verdict, backfilld.quarantine, backfilld.verification,
+               backfilld.finding, backfilld.watch,
                backfilld.checkpoint, backfilld.lease, backfilld.tuning, backfilld.job, backfilld.schema_version;
              drop function backfilld.sign_tuning(), backfilld.count_tuning(), backfilld.guard_job();
              drop schema backfilld",

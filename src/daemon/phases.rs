@@ -148,7 +148,7 @@ impl Phases<'_> {
         }
         let count = |kind: &str| verdict.counts.get(kind).copied().unwrap_or(0);
         // Rows in quarantine are unfilled as well, and another sweep would not change that.
-        let unfilled = count("unfilled") - count(verify::QUARANTINED);
+        let unfilled = count(verify::UNFILLED) - count(verify::QUARANTINED);
         let sweep = checkpoint::find(&**ctx.client().await?, ctx.job(), 0).await?.map_or(1, |c| c.sweep);
         if unfilled > 0 && sweep < MAX_SWEEPS {
             warn!(job = ctx.job(), rows = unfilled, "rows are unfilled although they have a value; sweeping again");

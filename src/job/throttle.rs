@@ -158,6 +158,25 @@ pub const SIGNALS: [Known; 14] = [
 /// a backfill holds; reports and dumps are done by then, as a rule.
 pub const OLDEST_TRANSACTION: Duration = Duration::from_secs(3600);
 
+impl Throttle {
+    /// What makes reads wait: lock waiters, busy sessions, slow answers, the operator's own queries, windows. Replicas, slots, WAL,
+    /// dead rows and transaction ids only suffer from writes.
+    #[must_use]
+    pub fn for_reads(&self) -> Self {
+        let mut out = self.clone();
+        out.replicas.clear();
+        out.wal_mb_per_second = None;
+        out.oldest_transaction = None;
+        out.dead_rows_percent = None;
+        for signal in ["replica_lag", "slot_retained", "slot_safe", "xid_age", "multixact_age"] {
+            if !out.ignore.iter().any(|i| i == signal) {
+                out.ignore.push(signal.into());
+            }
+        }
+        out
+    }
+}
+
 impl Default for Throttle {
     fn default() -> Self {
         Self {

@@ -161,19 +161,29 @@ pub async fn quarantine(
     Ok(())
 }
 
-/// Number of rows in quarantine.
+/// Number of rows in quarantine about which nobody has decided.
 ///
 /// # Errors
 /// Whatever the server says.
 pub async fn quarantined(client: &impl GenericClient, job: &str) -> Result<i64> {
-    Ok(client.query_one("select count(*) from backfilld.quarantine where job = $1", &[&job]).await?.get(0))
+    let sql = "select count(*) from backfilld.quarantine where job = $1 and accepted_at is null";
+    Ok(client.query_one(sql, &[&job]).await?.get(0))
 }
 
-/// Empties the quarantine, before a new sweep that tries those rows again.
+/// Number of rows that an operator accepted without a value.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn accepted(client: &impl GenericClient, job: &str) -> Result<i64> {
+    let sql = "select count(*) from backfilld.quarantine where job = $1 and accepted_at is not null";
+    Ok(client.query_one(sql, &[&job]).await?.get(0))
+}
+
+/// Empties the quarantine but for accepted rows, before a new sweep that tries those rows again.
 ///
 /// # Errors
 /// Whatever the server says.
 pub async fn clear_quarantine(client: &impl GenericClient, job: &str) -> Result<()> {
-    client.execute("delete from backfilld.quarantine where job = $1", &[&job]).await?;
+    client.execute("delete from backfilld.quarantine where job = $1 and accepted_at is null", &[&job]).await?;
     Ok(())
 }

@@ -16,6 +16,7 @@ pub const MIGRATIONS: &[(i32, &str, &str)] = &[
     (5, "0005_verdict_state.sql", include_str!("../../migrations/0005_verdict_state.sql")),
     (6, "0006_control.sql", include_str!("../../migrations/0006_control.sql")),
     (7, "0007_pulse.sql", include_str!("../../migrations/0007_pulse.sql")),
+    (8, "0008_proof.sql", include_str!("../../migrations/0008_proof.sql")),
 ];
 
 /// Key of the advisory lock under which migrations run: "backfill" in ASCII.

@@ -13,3 +13,4 @@ pub mod migrate;
 pub mod objects;
 pub mod tuning;
 pub mod verdict;
+pub mod verification;

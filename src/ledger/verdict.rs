@@ -57,6 +57,20 @@ impl Verdict {
         self.counts.values().sum()
     }
 
+    /// Notes how many of a kind there are.
+    pub fn count(&mut self, kind: &str, n: i64) {
+        self.counts.insert(kind.to_owned(), n);
+        self.passed = self.findings() == 0;
+    }
+
+    /// Notes findings that are not about rows, in words.
+    pub fn add(&mut self, kind: &str, found: Vec<String>) {
+        self.count(kind, found.len() as i64);
+        if !found.is_empty() {
+            self.samples.insert(kind.to_owned(), found.into_iter().map(|f| vec![f]).collect());
+        }
+    }
+
     /// `nulls 3, drift 1`, or `nothing`.
     pub fn summary(&self) -> String {
         let found: Vec<String> = self.counts.iter().filter(|c| *c.1 > 0).map(|(k, n)| format!("{k} {n}")).collect();

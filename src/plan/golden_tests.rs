@@ -83,9 +83,17 @@ fn render(spec: &JobSpec, shape: &Shape) -> String {
     let from = verify_sql::from(shape, &spec.foreign_keys, &[]);
     let findings = verify_sql::findings(shape, &spec.foreign_keys, &[]);
     add("proof", &verify_sql::count(&from, &findings, &verify_sql::page_range(0, Some(4096))));
+    let exact = |_: &crate::pg::ident::Ident| Some("uuid");
+    if let Some(columns) = verify_sql::groups(shape, &[], &spec.foreign_keys, exact) {
+        let range = verify_sql::page_range(0, Some(4096));
+        add("proof by groups", &verify_sql::count_groups(shape, &spec.foreign_keys, &[], &columns, &findings, &range));
+    }
     add("sample", &verify_sql::sample(shape, &from, &findings[0], &verify_sql::page_range(0, None), 20));
     if let Some((_, tail)) = verify_sql::unusable_sources(shape, &spec.foreign_keys) {
         add("unusable sources", &format!("select count(*) {tail}"));
+    }
+    if let Some(u) = verify_sql::unusable(shape, &spec.foreign_keys) {
+        add("unusable sources, a chunk", &u.count(&u.table.sql(), 0, 4096));
     }
     out.push_str(&contract::comment(shape));
     out

@@ -37,4 +37,5 @@ mod throttle;
 mod throttle_servers;
 mod tune;
 mod verdict;
+mod verify;
 mod watching;
