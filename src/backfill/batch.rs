@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::{Client, GenericClient, Statement};
 
 use super::plan_check::PlanCheck;
 use crate::context::Context;
@@ -208,8 +208,7 @@ pub async fn set_aside(
     Ok(())
 }
 
-/// Notes a row that cannot be updated. Only the primary message of a constraint error is free of values; for what a trigger
-/// or an expression raised, the code must do.
+/// Notes a row that cannot be updated.
 ///
 /// # Errors
 /// What the server says.
@@ -219,10 +218,46 @@ pub async fn quarantine(
     key: &[String],
     error: &Error,
 ) -> Result<()> {
-    let sqlstate = error.sqlstate().unwrap_or("?????");
-    let message =
-        if sqlstate.starts_with("23") { error.to_string() } else { "the row's update raised an error".into() };
-    checkpoint::quarantine(tx, ctx.job(), key, sqlstate, &message).await
+    let (sqlstate, message) = reason(tx, &ctx.facts.shape, error).await?;
+    checkpoint::quarantine(tx, ctx.job(), key, &sqlstate, &message).await
+}
+
+/// SQLSTATE, and what it means, with the name of a constraint of the table. Not the server's own message: a trigger may raise
+/// any SQLSTATE with a text of its own, and errors of conversions quote the value.
+///
+/// # Errors
+/// What the server says.
+pub async fn reason(client: &impl GenericClient, shape: &Shape, error: &Error) -> Result<(String, String)> {
+    let sqlstate = error.sqlstate().unwrap_or("?????").to_owned();
+    let what = meaning(&sqlstate);
+    if !sqlstate.starts_with("23") {
+        return Ok((sqlstate, what.into()));
+    }
+    let names = client
+        .query("select conname::text from pg_constraint where conrelid = to_regclass($1)", &[&shape.target.sql()])
+        .await?;
+    let named = names.iter().map(|r| r.get::<_, String>(0)).find(|n| error.to_string().contains(&format!("\"{n}\"")));
+    Ok((sqlstate, named.map_or(what.into(), |n| format!("{what} \"{n}\""))))
+}
+
+/// Names of SQLSTATEs: PostgreSQL documentation, appendix A.
+fn meaning(sqlstate: &str) -> &'static str {
+    match sqlstate {
+        "23502" => "violates NOT NULL",
+        "23503" => "violates foreign key",
+        "23505" => "violates unique constraint",
+        "23514" => "violates check constraint",
+        "23P01" => "violates exclusion constraint",
+        "P0001" => "a trigger or function raised an exception",
+        "22001" => "the value is too long for its type",
+        "22003" => "a number is out of range",
+        "22P02" => "the value is not valid for its type",
+        s if s.starts_with("22") => "data exception",
+        s if s.starts_with("23") => "violates a constraint",
+        s if s.starts_with("21") => "the value is not one row",
+        s if s.starts_with("44") => "violates the check option of a view",
+        _ => "the update raised an error",
+    }
 }
 
 fn as_param(text: &String) -> &(dyn ToSql + Sync) {

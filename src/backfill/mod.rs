@@ -3,6 +3,7 @@
 //! The loop decides when; [`batch::run`] does one bounded unit. Done is a statement about data, which the verifier makes:
 //! a sweep that reached its end only means that it is the verifier's turn (I5).
 
+pub mod aside;
 pub mod batch;
 pub mod heap;
 pub mod heap_cursor;
@@ -425,9 +426,11 @@ impl<'a> Loop<'a> {
                         "a row cannot be updated and was put into quarantine"
                     );
                     if total > MAX_QUARANTINE {
-                        return Err(Error::failed(format!("more than {MAX_QUARANTINE} rows cannot be updated"))
-                            .with_source(error)
-                            .with_hint("see table backfilld.quarantine for keys and codes"));
+                        // Without the server's message, which can hold a row's values.
+                        return Err(Error::failed(format!(
+                            "more than {MAX_QUARANTINE} rows cannot be updated, the last one with SQLSTATE {sqlstate}"
+                        ))
+                        .with_hint(format!("backfilld quarantine list {} has keys and codes", ctx.job())));
                     }
                     Ok(())
                 }

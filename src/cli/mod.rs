@@ -6,6 +6,7 @@ mod control;
 mod demo;
 mod export;
 mod plan;
+mod quarantine;
 #[cfg(test)]
 mod reference;
 mod rollback;
@@ -92,6 +93,9 @@ enum Command {
     Grants(tune::GrantsArgs),
     /// Compare every row with its source, without changing anything
     Verify(verify::VerifyArgs),
+    /// Rows that could not be updated: list them, try them again, or let them stay
+    #[command(subcommand)]
+    Quarantine(quarantine::QuarantineCommand),
     /// Undo a job: policies, functions, constraints, index, triggers
     Rollback(rollback::RollbackArgs),
     /// Forget a job that is rolled back or done
@@ -141,6 +145,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Throttle(args) => tune::throttle(global, args).await,
         Command::Grants(args) => tune::grants(&args),
         Command::Verify(args) => verify::run(global, args).await,
+        Command::Quarantine(command) => quarantine::run(global, command).await,
         Command::Rollback(args) => rollback::run(global, args).await,
         Command::Uninstall(args) => uninstall::run(global, args).await,
         Command::Export(args) => export::run(global, args).await,

@@ -50,6 +50,8 @@ struct JobStatus {
     /// Why the verdict does not hold any more; empty: it holds, did not pass, or there is none.
     verdict_expired: Vec<String>,
     quarantined: i64,
+    /// Rows that an operator accepted without a value.
+    accepted: i64,
     quarantine: Vec<serde_json::Value>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     history: Vec<event::Event>,
@@ -135,7 +137,7 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
     let quarantine = client
         .query(
             "select jsonb_build_object('key', key, 'sqlstate', sqlstate, 'message', message)
-             from backfilld.quarantine where job = $1 order by found_at limit 20",
+             from backfilld.quarantine where job = $1 and accepted_at is null order by found_at limit 20",
             &[&name],
         )
         .await?;
@@ -156,6 +158,7 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
         verdict,
         verdict_expired,
         quarantined: checkpoint::quarantined(client, name).await?,
+        accepted: checkpoint::accepted(client, name).await?,
         quarantine: quarantine.iter().map(|r| r.get(0)).collect(),
         history: if history > 0 { event::latest(client, name, history).await? } else { Vec::new() },
     })
@@ -226,7 +229,15 @@ fn text(s: &JobStatus) -> String {
         }
     }
     if s.quarantined > 0 {
-        line("aside", format!("{} rows in quarantine (backfilld.quarantine)", s.quarantined));
+        line("aside", format!("{} rows in quarantine; backfilld quarantine list {}", s.quarantined, s.job));
+        for row in s.quarantine.iter().take(3) {
+            let key: Vec<&str> = row["key"].as_array().into_iter().flatten().filter_map(|k| k.as_str()).collect();
+            let text = |name: &str| row[name].as_str().unwrap_or_default();
+            line("", format!("key {}: {} {}", key.join(","), text("sqlstate"), text("message")));
+        }
+    }
+    if s.accepted > 0 {
+        line("accepted", format!("{} rows without a value", s.accepted));
     }
     for e in &s.history {
         line("event", format!("{} {} by {}: {}", e.at, e.kind, e.actor, e.detail));

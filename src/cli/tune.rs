@@ -235,7 +235,7 @@ grant insert (job, key, value, until), update (value, until), delete on backfill
 grant insert (job, kind, detail) on backfilld.event to {role};
 -- resume gives rows in quarantine another try, in another sweep
 grant update (sweep, cursor, upper, finished, filenode) on backfilld.checkpoint to {role};
-grant delete on backfilld.quarantine to {role};"
+grant delete on backfilld.quarantine, backfilld.verification to {role};"
     )
 }
 

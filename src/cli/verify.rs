@@ -1,10 +1,16 @@
-//! `backfilld verify`: the proof of the data, by itself. Reads only, so it also works on a standby.
+//! `backfilld verify`: the proof of the data, by itself. Without `--repair` it only reads, so it also works on a standby.
+
+use std::io::Write as _;
 
 use super::Global;
+use crate::backfill::aside;
 use crate::error::{Error, Result};
+use crate::job::JobSpec;
 use crate::ledger;
 use crate::plan::Facts;
+use crate::settings::Settings;
 use crate::verify::proof::SETTINGS;
+use crate::verify::repair;
 use crate::verify::{Proof, QUARANTINED};
 
 /// Options.
@@ -15,6 +21,9 @@ pub struct VerifyArgs {
     /// As JSON
     #[arg(long)]
     json: bool,
+    /// Derive wrong rows anew from their source, in small batches, then verify again. Refused while a daemon works on the job
+    #[arg(long)]
+    repair: bool,
 }
 
 pub async fn run(global: &Global, args: VerifyArgs) -> Result<()> {
@@ -32,6 +41,9 @@ pub async fn run(global: &Global, args: VerifyArgs) -> Result<()> {
     let accepted = ledger::checkpoint::accepted(&session.client, &row.name).await?;
     let proof = Proof::new(&spec, &facts);
     let proof = if accepted > 0 { proof.accepting() } else { proof };
+    if args.repair {
+        repair(&settings, &spec, &proof, &facts).await?;
+    }
     let mut verdict = proof.run(&session.client, async |_| Ok(())).await?;
     verdict.count(QUARANTINED, ledger::checkpoint::quarantined(&session.client, &row.name).await?);
     if args.json {
@@ -59,6 +71,20 @@ pub async fn run(global: &Global, args: VerifyArgs) -> Result<()> {
     if verdict.passed {
         return Ok(());
     }
-    Err(Error::failed(format!("the verification found {}", verdict.summary()))
-        .with_hint("correct the rows named above at their source; the sync triggers bring the column along"))
+    Err(Error::failed(format!("the verification found {}", verdict.summary())).with_hint(format!(
+        "correct the rows named above at their source, the sync triggers bring the column along; drift and unfilled rows: \
+         backfilld verify {0} --repair; quarantined rows: backfilld quarantine list {0}",
+        row.name
+    )))
+}
+
+/// On a session of its own: it runs as batches do, and its settings are not those of a proof.
+async fn repair(settings: &Settings, spec: &JobSpec, proof: &Proof, facts: &Facts) -> Result<()> {
+    let mut session = super::connect(settings, "repair").await?;
+    session.client.batch_execute(aside::session_settings(spec)).await?;
+    let done = repair::run(&mut session.client, proof, &facts.shape).await?;
+    let refused: Vec<String> = done.refused.iter().map(|(state, n)| format!("{state} {n}")).collect();
+    let refused = if refused.is_empty() { String::new() } else { format!(", refused: {}", refused.join(", ")) };
+    let _ = writeln!(std::io::stderr(), "repaired {} rows, left {}{refused}", done.repaired, done.left);
+    Ok(())
 }

@@ -168,7 +168,19 @@ impl Throttle {
         out.wal_mb_per_second = None;
         out.oldest_transaction = None;
         out.dead_rows_percent = None;
-        for signal in ["replica_lag", "slot_retained", "slot_safe", "xid_age", "multixact_age"] {
+        const OF_WRITES: [&str; 10] = [
+            "replica_lag",
+            "replica_lag_bytes",
+            "slot_retained",
+            "slot_safe",
+            "wal_rate",
+            "oldest_transaction",
+            "dead_rows",
+            "xid_age",
+            "multixact_age",
+            "wraparound_vacuum",
+        ];
+        for signal in OF_WRITES {
             if !out.ignore.iter().any(|i| i == signal) {
                 out.ignore.push(signal.into());
             }

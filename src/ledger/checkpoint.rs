@@ -1,5 +1,6 @@
 //! Checkpoints and quarantine. A checkpoint is written in the transaction of the batch it speaks of (I4).
 
+use serde::Serialize;
 use tokio_postgres::GenericClient;
 
 use crate::error::Result;
@@ -177,6 +178,73 @@ pub async fn quarantined(client: &impl GenericClient, job: &str) -> Result<i64> 
 pub async fn accepted(client: &impl GenericClient, job: &str) -> Result<i64> {
     let sql = "select count(*) from backfilld.quarantine where job = $1 and accepted_at is not null";
     Ok(client.query_one(sql, &[&job]).await?.get(0))
+}
+
+/// A row in quarantine.
+#[derive(Debug, Clone, Serialize)]
+pub struct Aside {
+    /// Its key.
+    pub key: Vec<String>,
+    /// Why it could not be updated.
+    pub sqlstate: String,
+    /// The same for people; never values.
+    pub message: String,
+    /// When.
+    pub found_at: String,
+    /// When an operator accepted that it has no value.
+    pub accepted_at: Option<String>,
+    /// The login that did.
+    pub accepted_by: Option<String>,
+    /// Why.
+    pub accepted_why: Option<String>,
+}
+
+/// All rows in quarantine, the oldest first.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn aside(client: &impl GenericClient, job: &str) -> Result<Vec<Aside>> {
+    let rows = client
+        .query(
+            "select key, sqlstate, message, found_at::text, accepted_at::text, accepted_by, accepted_why
+             from backfilld.quarantine where job = $1 order by found_at, key",
+            &[&job],
+        )
+        .await?;
+    let aside = |r: &tokio_postgres::Row| Aside {
+        key: r.get(0),
+        sqlstate: r.get(1),
+        message: r.get(2),
+        found_at: r.get(3),
+        accepted_at: r.get(4),
+        accepted_by: r.get(5),
+        accepted_why: r.get(6),
+    };
+    Ok(rows.iter().map(aside).collect())
+}
+
+/// Takes a row out of quarantine.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn release(client: &impl GenericClient, job: &str, key: &[String]) -> Result<()> {
+    client.execute("delete from backfilld.quarantine where job = $1 and key = $2", &[&job, &key]).await?;
+    Ok(())
+}
+
+/// Notes that an operator, the session's login, accepts that a row has no value.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn accept(client: &impl GenericClient, job: &str, key: &[String], why: &str) -> Result<()> {
+    client
+        .execute(
+            "update backfilld.quarantine set accepted_at = clock_timestamp(), accepted_by = session_user, accepted_why = $3
+             where job = $1 and key = $2",
+            &[&job, &key, &why],
+        )
+        .await?;
+    Ok(())
 }
 
 /// Empties the quarantine but for accepted rows, before a new sweep that tries those rows again.

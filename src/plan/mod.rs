@@ -4,6 +4,7 @@ pub mod batch_sql;
 pub mod contract;
 pub mod facts;
 pub mod heap_sql;
+pub mod repair_sql;
 pub mod shape;
 pub mod steps;
 pub mod sync_body;

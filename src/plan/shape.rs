@@ -290,6 +290,29 @@ impl Shape {
         out
     }
 
+    /// The key of `t` is the one in the parameters from number `first` on; as [`Self::key_is`].
+    pub fn key_at(&self, first: usize) -> String {
+        let one = |(i, k): (usize, &KeyColumn)| {
+            format!("t.{} {} ${}::text::{}", k.name.sql(), k.operator("="), first + i, k.sql_type)
+        };
+        self.key.iter().enumerate().map(one).collect::<Vec<_>>().join(" and ")
+    }
+
+    /// FROM item `"K"` of the keys in text arrays, one parameter for each column from number 1 on, and the condition that `t`
+    /// has one of them.
+    pub fn keys_in(&self) -> (String, String) {
+        let n = self.key.len();
+        let arrays: Vec<String> = (1..=n).map(|i| format!("${i}::text[]")).collect();
+        let names: Vec<String> = (1..=n).map(|i| format!("k{i}")).collect();
+        let on: Vec<String> = self
+            .key
+            .iter()
+            .zip(&names)
+            .map(|(k, name)| format!("t.{} {} \"K\".{name}::{}", k.name.sql(), k.operator("="), k.sql_type))
+            .collect();
+        (format!("unnest({}) as \"K\"({})", arrays.join(", "), names.join(", ")), on.join(" and "))
+    }
+
     /// Whether every statement may use the one-statement batch: NULL can only mean "not yet filled" (I2).
     pub fn null_is_marker(&self) -> bool {
         self.columns.iter().all(|c| !c.nullable)

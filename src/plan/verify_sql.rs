@@ -175,7 +175,12 @@ pub fn groups<'a>(
 
 /// Keys, as text, of up to `limit` rows of `range` that are a finding.
 pub fn sample(shape: &Shape, from: &str, finding: &Finding, range: &str, limit: u32) -> String {
-    format!("select {} from {from}\nwhere {range} and ({})\nlimit {limit}", shape.key_as_text("t"), finding.condition)
+    format!("{}\nlimit {limit}", keys(shape, from, finding, range))
+}
+
+/// Keys, as text, of all rows of `range` that are a finding.
+pub fn keys(shape: &Shape, from: &str, finding: &Finding, range: &str) -> String {
+    format!("select {} from {from}\nwhere {range} and ({})", shape.key_as_text("t"), finding.condition)
 }
 
 /// A range of heap pages as a condition on `t`: pages `low` up to but without `high`; `None`: to the end. A TID range

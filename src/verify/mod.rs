@@ -5,6 +5,7 @@
 //! interrupted goes on where it was, as long as triggers, columns and keys are what they were.
 
 pub mod proof;
+pub mod repair;
 pub mod standing;
 pub mod state;
 pub mod sync;

@@ -260,6 +260,18 @@ impl Proof {
         Ok(())
     }
 
+    /// Keys, as text, of the rows of some pages whose value another look at their source would mend.
+    pub fn repairable(&self, low: u64, high: u64) -> String {
+        let wrong: Vec<String> = self
+            .findings
+            .iter()
+            .filter(|f| [UNFILLED, DRIFT].contains(&f.kind.as_str()))
+            .map(|f| format!("({})", f.condition))
+            .collect();
+        let all = Finding { kind: "repairable".into(), condition: wrong.join(" or ") };
+        verify_sql::keys(&self.shape, &self.from, &all, &verify_sql::page_range(low, Some(high)))
+    }
+
     fn room(&self, walk: &Walk, kind: &str) -> u32 {
         self.spec.verification.sample.saturating_sub(walk.samples.get(kind).map_or(0, Vec::len) as u32)
     }

@@ -22,6 +22,7 @@ mod lint;
 mod pooler;
 mod preflight;
 mod proof;
+mod quarantine;
 mod rollback;
 mod service;
 mod sync_access;

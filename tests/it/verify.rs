@@ -182,3 +182,54 @@ async fn a_row_that_is_wrong_is_listed_in_the_ledger_and_failed_survives_a_resta
     assert_eq!(ledger.status().await, "failed");
     assert_eq!(ledger.number("select count(*) from backfilld.verdict").await, 2, "it was not verified again");
 }
+
+#[tokio::test]
+async fn a_repair_derives_wrong_rows_anew_and_leaves_what_has_no_source() {
+    let (db, ledger, job) = held().await;
+    let cli = Cli::new(&db);
+    cli.run(&["run", "--once", job.path()]).await.expect(5, "hold point");
+    plant(
+        &ledger,
+        "update public.messages set auth_user_id = gen_random_uuid() where ctid in (select ctid from public.messages order by ctid limit 250);
+         update public.messages set auth_user_id = null where ctid in (select ctid from public.messages order by ctid desc limit 3)",
+    )
+    .await;
+    assert_eq!(ledger.drift().await, 253);
+    cli.run(&["verify", JOB]).await.expect(1, "--repair");
+    assert_eq!(ledger.drift().await, 253, "nothing is repaired that nobody asked for");
+    cli.run(&["verify", JOB, "--repair"]).await.expect(0, "repaired 253 rows, left 0");
+    assert_eq!(ledger.drift().await, 0);
+    plant(&ledger, "update public.messages set conversation_id = gen_random_uuid() where ctid = (select min(ctid) from public.messages)")
+        .await;
+    cli.run(&["verify", JOB, "--repair"]).await.expect(1, "repaired 0 rows, left 1").expect(1, "orphans 1");
+    ledger.run("update backfilld.job set status = 'running', phase = 'backfill'").await;
+    cli.run(&["verify", JOB, "--repair"]).await.expect(5, "its daemon works on the same rows");
+}
+
+#[tokio::test]
+async fn a_repair_never_writes_the_value_of_an_old_snapshot() {
+    let (db, ledger, job) = held().await;
+    let cli = Cli::new(&db);
+    cli.run(&["run", "--once", job.path()]).await.expect(5, "hold point");
+    let first = "(select id from public.messages order by id limit 1)";
+    plant(&ledger, &format!("update public.messages set auth_user_id = gen_random_uuid() where id = {first}")).await;
+    // The conversation gets another owner, which propagates to its rows; not committed yet, so that the repair waits.
+    let writer = db.admin().await;
+    let other = "(select id from auth.users where id <> c.auth_user_id order by id limit 1)";
+    let sql = format!(
+        "begin; update public.conversations c set auth_user_id = {other}
+           where id = (select conversation_id from public.messages where id = {first})"
+    );
+    writer.batch_execute(&sql).await.expect("a change of owner");
+    let repair = cli.start(&["verify", JOB, "--repair"]);
+    wait_until("the repair waits for the row", async || {
+        ledger
+            .is("select exists (select from pg_stat_activity where application_name = 'backfilld/repair' and wait_event_type = 'Lock')")
+            .await
+    })
+    .await;
+    writer.batch_execute("commit").await.expect("commit");
+    let ended = repair.ended().await;
+    assert!(ended.stderr.contains("repaired"), "{ended:#?}");
+    assert_eq!(ledger.drift().await, 0);
+}
