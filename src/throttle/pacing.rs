@@ -80,7 +80,8 @@ impl Default for Pacer {
         Self {
             pace: START,
             calm: START,
-            present: true,
+            // The first look tells; until then the pace is as if somebody were there.
+            present: false,
             quiet: 0,
             beside: VecDeque::new(),
             between: VecDeque::new(),
