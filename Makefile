@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-clean check check-deploy bench postgres prometheus pgbouncer
+.PHONY: help demo test test-versions test-clean check check-deploy bench postgres prometheus pgbouncer chromium
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -18,7 +18,7 @@ help: ## list the targets
 demo: postgres ## watch a migration on a real server under live traffic
 	@$(CARGO) run --release --locked -- demo $(DEMO_FLAGS)
 
-test: postgres prometheus pgbouncer ## all tests, on a real server that is left running for the next time
+test: postgres prometheus pgbouncer chromium ## all tests, on a real server that is left running for the next time
 	$(CARGO) test --locked $(TEST_FLAGS)
 
 test-versions: ## the integration tests on PostgreSQL 14 to 18 (downloads the servers; long)
@@ -46,3 +46,6 @@ prometheus: ## install Prometheus if there is none; for the tests
 
 pgbouncer: ## install PgBouncer if there is none; for the tests
 	@scripts/ensure-pgbouncer.sh
+
+chromium: ## install Chromium if there is none; for the tests
+	@scripts/ensure-chromium.sh

@@ -145,6 +145,7 @@ impl Daemon {
         migrate::migrate(&mut session.client).await?;
         let job = jobs::register(&session.client, &self.spec).await?;
         metrics::job_started(self.job());
+        metrics::job_info(self.job(), &self.settings.instance);
         *started = true;
         self.progress.update(|p| p.entered = true);
         if job.status == Status::RolledBack {

@@ -12,6 +12,10 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 /// Build information, always 1.
 pub const BUILD_INFO: &str = "backfilld_build_info";
+/// Which job this daemon has.
+pub const JOB_INFO: &str = "backfilld_job_info";
+/// Status of the job.
+pub const JOB_STATUS: &str = "backfilld_job_status";
 /// Phase of the job.
 pub const JOB_PHASE: &str = "backfilld_job_phase";
 /// Rows looked at.
@@ -22,6 +26,8 @@ pub const ROWS_UPDATED: &str = "backfilld_rows_updated_total";
 pub const ROWS_SKIPPED: &str = "backfilld_rows_skipped_total";
 /// Rows in quarantine.
 pub const ROWS_QUARANTINED: &str = "backfilld_rows_quarantined";
+/// Rows updated without index work.
+pub const ROWS_HOT: &str = "backfilld_rows_hot_total";
 /// Batches committed.
 pub const BATCHES: &str = "backfilld_batches_total";
 /// Duration of a batch.
@@ -48,12 +54,28 @@ pub const THROTTLED_SECONDS: &str = "backfilld_throttled_seconds_total";
 pub const SIGNAL_VALUE: &str = "backfilld_throttle_signal_value";
 /// Where a signal stops us.
 pub const SIGNAL_THRESHOLD: &str = "backfilld_throttle_signal_threshold";
+/// Signals that could not be read.
+pub const PROBE_ERRORS: &str = "backfilld_probe_errors_total";
+/// Lag of the worst replica in time.
+pub const REPLICA_LAG: &str = "backfilld_replica_lag_seconds";
+/// Lag of the worst replica in WAL.
+pub const REPLICA_LAG_BYTES: &str = "backfilld_replica_lag_bytes";
+/// WAL that the worst slot keeps.
+pub const SLOT_RETAINED: &str = "backfilld_slot_retained_bytes";
+/// WAL until the first slot is lost.
+pub const SLOT_SAFE: &str = "backfilld_slot_safe_bytes";
+/// WAL of the server.
+pub const WAL_RATE: &str = "backfilld_wal_bytes_per_second";
+/// Dead rows of the target.
+pub const DEAD_ROWS: &str = "backfilld_target_dead_rows_ratio";
 /// Attempts at DDL.
 pub const DDL_ATTEMPTS: &str = "backfilld_ddl_attempts_total";
 /// How long DDL held its lock.
 pub const DDL_LOCK_HOLD: &str = "backfilld_ddl_lock_hold_seconds";
 /// How long DDL waited for its lock.
 pub const DDL_LOCK_WAIT: &str = "backfilld_ddl_lock_wait_seconds";
+/// Whether a failed build left an index.
+pub const INVALID_INDEXES: &str = "backfilld_invalid_indexes";
 /// Rows verified.
 pub const VERIFY_CHECKED: &str = "backfilld_verify_checked_rows_total";
 /// Rows found wrong.
@@ -107,13 +129,16 @@ use MetricType::{Counter, Gauge, Histogram};
 
 /// All metrics, in the order of docs/metrics.md.
 #[rustfmt::skip]
-pub const METRICS: [Metric; 28] = [
+pub const METRICS: [Metric; 39] = [
     metric(BUILD_INFO, Gauge, Unit::Count, &["version"], "always 1; the version is a label"),
+    metric(JOB_INFO, Gauge, Unit::Count, &["job", "daemon"], "always 1; the daemon's name is a label"),
+    metric(JOB_STATUS, Gauge, Unit::Count, &["job", "status"], "1 for the status the job has, 0 for the others"),
     metric(JOB_PHASE, Gauge, Unit::Count, &["job", "phase"], "1 for the phase the job is in, 0 for the others"),
     metric(ROWS_SCANNED, Counter, Unit::Count, &["job"], "rows that committed batches have looked at"),
     metric(ROWS_UPDATED, Counter, Unit::Count, &["job"], "rows that committed batches have filled"),
     metric(ROWS_SKIPPED, Counter, Unit::Count, &["job"], "rows that were filled already, by a trigger or an earlier run"),
     metric(ROWS_QUARANTINED, Gauge, Unit::Count, &["job"], "rows that cannot be updated and wait for the operator; they block the flip"),
+    metric(ROWS_HOT, Counter, Unit::Count, &["job"], "rows that batches in heap order filled without a new entry in any index (HOT)"),
     metric(BATCHES, Counter, Unit::Count, &["job"], "batches committed"),
     metric(BATCH_DURATION, Histogram, Unit::Seconds, &["job"], "time of a committed batch from begin to commit"),
     metric(BATCH_ROWS, Histogram, Unit::Count, &["job"], "rows filled by a committed batch"),
@@ -127,9 +152,17 @@ pub const METRICS: [Metric; 28] = [
     metric(THROTTLED_SECONDS, Counter, Unit::Seconds, &["job", "signal"], "time the job was held back by this signal"),
     metric(SIGNAL_VALUE, Gauge, Unit::Count, &["job", "signal"], "last value of a throttle signal, in the signal's unit"),
     metric(SIGNAL_THRESHOLD, Gauge, Unit::Count, &["job", "signal"], "value at which the signal holds the job back"),
+    metric(PROBE_ERRORS, Counter, Unit::Count, &["job"], "throttle signals that could not be read; batches wait meanwhile"),
+    metric(REPLICA_LAG, Gauge, Unit::Seconds, &["job"], "replay lag of the worst replica; absent while not measured"),
+    metric(REPLICA_LAG_BYTES, Gauge, Unit::Bytes, &["job"], "WAL that the worst replica has not replayed; absent while not measured"),
+    metric(SLOT_RETAINED, Gauge, Unit::Bytes, &["job"], "WAL that the worst replication slot keeps; absent while not measured"),
+    metric(SLOT_SAFE, Gauge, Unit::Bytes, &["job"], "WAL that may be written until the first replication slot is lost; absent where no slot has a limit"),
+    metric(WAL_RATE, Gauge, Unit::Bytes, &["job"], "WAL that the server writes per second; absent without throttle.wal_mb_per_second"),
+    metric(DEAD_ROWS, Gauge, Unit::Count, &["job"], "dead part of the target's rows, 0 to 1; absent without throttle.dead_rows_percent"),
     metric(DDL_ATTEMPTS, Counter, Unit::Count, &["job", "outcome"], "attempts at statements that take strong locks: ok, lock_timeout or error"),
     metric(DDL_LOCK_HOLD, Histogram, Unit::Seconds, &["job", "mode"], "time such a statement held its lock, by lock mode"),
     metric(DDL_LOCK_WAIT, Histogram, Unit::Seconds, &["job"], "time such a statement waited for its lock, successful or not"),
+    metric(INVALID_INDEXES, Gauge, Unit::Count, &["job"], "indexes of the job that a failed build left invalid"),
     metric(VERIFY_CHECKED, Counter, Unit::Count, &["job"], "rows compared with their source"),
     metric(VERIFY_FINDINGS, Gauge, Unit::Count, &["job", "kind"], "rows the last verification found wrong: nulls, drift or orphans; absent before the first"),
     metric(LEASE_HELD, Gauge, Unit::Count, &["job"], "1 while this daemon holds the job's lease"),
@@ -153,6 +186,8 @@ pub const PHASES: [&str; 12] = [
     "rolling_back",
     "rolled_back",
 ];
+/// Values of the label `status`.
+pub const STATUSES: [&str; 7] = ["running", "paused", "held", "failed", "rolling_back", "rolled_back", "done"];
 /// SQLSTATEs that are retried as a matter of course: deadlock, serialization, lock timeout, statement timeout.
 const RETRIED: [&str; 4] = ["40P01", "40001", "55P03", "57014"];
 /// Values of the label `outcome`.
@@ -170,12 +205,18 @@ const LOCK_SECONDS: [f64; 11] = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Installs the recorder for the process, describes all metrics, and keeps the recorder tidy from a tokio task, so it has
-/// to be called in the runtime.
+/// to be called in the runtime. Called again, it gives the same one.
 ///
 /// # Errors
-/// If a recorder was installed before.
+/// If a recorder that is not ours was installed before.
 pub fn install() -> Result<PrometheusHandle, BuildError> {
+    static INSTALLED: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
+    let mut installed = INSTALLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(handle) = installed.as_ref() {
+        return Ok(handle.clone());
+    }
     let handle = builder()?.install_recorder()?;
+    *installed = Some(handle.clone());
     describe();
     gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     let upkeep = handle.clone();
@@ -215,7 +256,8 @@ pub fn describe() {
 
 /// Creates the job's series at zero, so that rates and alerts have something to begin from.
 pub fn job_started(job: &str) {
-    for name in [ROWS_SCANNED, ROWS_UPDATED, ROWS_SKIPPED, BATCHES, VERIFY_CHECKED, LEASE_LOST] {
+    for name in [ROWS_SCANNED, ROWS_UPDATED, ROWS_SKIPPED, ROWS_HOT, BATCHES, PROBE_ERRORS, VERIFY_CHECKED, LEASE_LOST]
+    {
         counter!(name, "job" => job.to_owned()).absolute(0);
     }
     for sqlstate in RETRIED {
@@ -225,12 +267,59 @@ pub fn job_started(job: &str) {
     for outcome in DDL_OUTCOMES {
         counter!(DDL_ATTEMPTS, "job" => job.to_owned(), "outcome" => outcome).absolute(0);
     }
-    for name in [ROWS_QUARANTINED, BATCH_SIZE_TARGET, PROGRESS, ETA, LEASE_HELD, LEASE_EPOCH] {
+    for name in [ROWS_QUARANTINED, BATCH_SIZE_TARGET, PROGRESS, ETA, INVALID_INDEXES, LEASE_HELD, LEASE_EPOCH] {
         gauge!(name, "job" => job.to_owned()).set(0.0);
     }
     for phase in PHASES {
         gauge!(JOB_PHASE, "job" => job.to_owned(), "phase" => phase).set(0.0);
     }
+    for status in STATUSES {
+        gauge!(JOB_STATUS, "job" => job.to_owned(), "status" => status).set(0.0);
+    }
+}
+
+/// This daemon, of this name, has the job.
+pub fn job_info(job: &str, daemon: &str) {
+    gauge!(JOB_INFO, "job" => job.to_owned(), "daemon" => daemon.to_owned()).set(1.0);
+}
+
+/// The job has `status`, one of [`STATUSES`], and no other.
+pub fn status(job: &str, status: &str) {
+    for each in STATUSES {
+        gauge!(JOB_STATUS, "job" => job.to_owned(), "status" => each).set(f64::from(u8::from(each == status)));
+    }
+}
+
+/// `rows` more were filled without index work.
+pub fn hot(job: &str, rows: u64) {
+    counter!(ROWS_HOT, "job" => job.to_owned()).increment(rows);
+}
+
+/// `n` more signals could not be read.
+pub fn probe_errors(job: &str, n: u64) {
+    counter!(PROBE_ERRORS, "job" => job.to_owned()).increment(n);
+}
+
+/// A signal that is a metric of its own as well, in base units.
+pub fn database(job: &str, signal: &str, value: f64) {
+    const MB: f64 = 1024.0 * 1024.0;
+    let (name, factor) = match signal {
+        "replica_lag" => (REPLICA_LAG, 1.0),
+        "replica_lag_bytes" => (REPLICA_LAG_BYTES, MB),
+        "slot_retained" => (SLOT_RETAINED, MB),
+        "slot_safe" => (SLOT_SAFE, MB),
+        "wal_rate" => (WAL_RATE, MB),
+        "dead_rows" => (DEAD_ROWS, 0.01),
+        _ => return,
+    };
+    if value.is_finite() {
+        gauge!(name, "job" => job.to_owned()).set(value * factor);
+    }
+}
+
+/// A failed build left an invalid index, or none is there any more.
+pub fn invalid_indexes(job: &str, n: u64) {
+    gauge!(INVALID_INDEXES, "job" => job.to_owned()).set(float(n));
 }
 
 /// The job is in `phase`, one of [`PHASES`], and in no other.
@@ -370,7 +459,11 @@ pub fn reference_markdown() -> String {
         let kind = format!("{:?}", m.kind).to_lowercase();
         out.push_str(&format!("| `{}` | {kind} | {} | {} |\n", m.name, m.labels.join(", "), m.help));
     }
-    out.push_str(&format!("\nPhases: {}.\n", PHASES.join(", ")));
+    out.push_str(&format!("\nPhases: {}.\n\nStatuses: {}.\n", PHASES.join(", "), STATUSES.join(", ")));
+    out.push_str(
+        "\nOn Linux also the usual metrics of a process: `process_cpu_seconds_total`, `process_resident_memory_bytes`,\n\
+         `process_virtual_memory_bytes`, `process_open_fds`, `process_threads`, `process_start_time_seconds`.\n",
+    );
     out
 }
 
@@ -382,7 +475,15 @@ mod tests {
         describe();
         gauge!(BUILD_INFO, "version" => "0").set(1.0);
         job_started("j");
+        job_info("j", "here");
         phase("j", "backfill");
+        status("j", "running");
+        hot("j", 800);
+        probe_errors("j", 1);
+        for signal in ["replica_lag", "replica_lag_bytes", "slot_retained", "slot_safe", "wal_rate", "dead_rows"] {
+            database("j", signal, 3.0);
+        }
+        invalid_indexes("j", 1);
         batch("j", Duration::from_millis(90), 1000, 900, 100);
         batch_size_target("j", 1100);
         pace("j", 0.1);

@@ -15,6 +15,7 @@ use crate::error::{Error, Result, Retry};
 use crate::ledger::checkpoint::Checkpoint;
 use crate::ledger::heap::{self, HeapPlace};
 use crate::ledger::{event, lease};
+use crate::metrics;
 use crate::pg::connect::Session;
 use crate::phase::Status;
 use crate::plan::heap_sql;
@@ -184,6 +185,7 @@ impl HeapWalk {
         self.since.get_or_insert(xid);
         if let Some(hot) = hot_of_batch(self.counted, (hot, all), updated) {
             let count = &mut self.hot[usize::from(slice.round > 0)];
+            metrics::hot(ctx.job(), hot);
             count.0 += hot;
             count.1 += updated;
         }

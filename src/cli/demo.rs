@@ -106,8 +106,24 @@ fn settings(base: &Settings, url: &str) -> Settings {
 async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld) -> Result<DriveReport> {
     let settings = settings(base, &world.daemon_url());
     let daemon = Daemon::new(settings.clone(), spec.clone(), true)?;
+    let (pulse, stop) = (Pulse::new(), CancellationToken::new());
+    let server = match serve_http(&daemon, &pulse, stop.clone()).await {
+        Ok(server) => server,
+        Err(e) => {
+            // The demo is the same without.
+            eprintln!("demo: no status page: {}", e.line());
+            None
+        }
+    };
+    if server.is_some() {
+        eprintln!("demo: watch it at http://{}/", base.http.listen);
+    }
     let bar = std::io::stderr().is_terminal().then(|| tokio::spawn(show(daemon.progress.clone())));
     let result = daemon.run().await;
+    stop.cancel();
+    if let Some(server) = server {
+        let _ = server.await;
+    }
     if let Some(bar) = bar {
         bar.abort();
     }

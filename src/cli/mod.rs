@@ -156,10 +156,9 @@ async fn dispatch(cli: Cli) -> Result<()> {
 
 fn key_value(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
-    if key.contains("password") {
+    if (key.contains("password") || key.contains("token")) && !key.ends_with("_file") {
         return Err(format!(
-            "{key} on a command line could be read by every user of this machine; use database.password_file or the \
-             environment"
+            "{key} on a command line could be read by every user of this machine; use {key}_file or the environment"
         ));
     }
     if value
@@ -268,6 +267,8 @@ mod tests {
     #[test]
     fn secrets_are_refused_as_arguments() {
         assert!(key_value("database.password=x").is_err());
+        assert!(key_value("http.token=x").is_err());
+        assert!(key_value("http.token_file=/x").is_ok());
         assert!(key_value("database.url=postgresql://u:secret@h/db").is_err());
         assert!(key_value("database.url=postgresql://u@h:5432/db").is_ok());
     }

@@ -72,11 +72,12 @@ pub async fn serve_http(daemon: &Daemon, pulse: &Pulse, stop: CancellationToken)
         metrics::install().map_err(|e| Error::internal("cannot install the metrics recorder").with_source(e))?;
     let Some(address) = daemon.settings.http.address()? else { return Ok(None) };
     let pool = daemon.pool.clone();
-    let state = HttpState::new(handle, move || {
+    let state = HttpState::new(handle, daemon.progress.clone(), move || {
         let pool = pool.clone();
         async move { readiness(&pool).await }
     });
-    let state = state.with_pulse(pulse.clone());
+    let token = daemon.settings.http.read_token()?;
+    let state = state.with_pulse(pulse.clone()).with_token(token.as_ref());
     Ok(Some(http::serve(address, state, stop).await?.1))
 }
 

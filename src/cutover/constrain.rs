@@ -8,6 +8,7 @@ use crate::ddl::{self, Change, Strength};
 use crate::error::{Error, Result};
 use crate::job::spec::{Action, ForeignKey, Index};
 use crate::ledger::objects;
+use crate::metrics;
 use crate::pg::connect::Session;
 use crate::pg::ident::Ident;
 use crate::phase::Phase;
@@ -112,6 +113,7 @@ async fn try_index(ctx: &Context, session: &Session, index: &Index) -> Result<()
     let name = format!("{}.{}", ctx.spec.target.table.schema.sql(), index.name.sql());
     match index_state(ctx, &session.client, index).await? {
         IndexState::Valid => {
+            metrics::invalid_indexes(ctx.job(), 0);
             info!(job = ctx.job(), index = %index.name, "the index is in place");
             return Ok(());
         }
@@ -120,6 +122,7 @@ async fn try_index(ctx: &Context, session: &Session, index: &Index) -> Result<()
                 .with_hint("rename one of the two"));
         }
         IndexState::Invalid => {
+            metrics::invalid_indexes(ctx.job(), 1);
             // `if not exists` would keep it (hazard 32): it costs writes and serves no query.
             warn!(job = ctx.job(), index = %index.name, "an INVALID index is left over from a failed build; dropping it");
             ddl::concurrently(
@@ -136,7 +139,10 @@ async fn try_index(ctx: &Context, session: &Session, index: &Index) -> Result<()
     objects::created(&session.client, ctx.job(), "index", &name).await?;
     ctx.progress.update(|p| p.note = format!("building index {}", index.name));
     let sql = steps::create_index(&ctx.facts.shape, index);
-    ddl::concurrently(ctx, session, &format!("build index {}", index.name), &sql).await?;
+    let built = ddl::concurrently(ctx, session, &format!("build index {}", index.name), &sql).await;
+    // A build that failed leaves the index behind, invalid, until the next one removes it.
+    metrics::invalid_indexes(ctx.job(), u64::from(built.is_err()));
+    built?;
     match index_state(ctx, &session.client, index).await? {
         IndexState::Valid => Ok(()),
         other => Err(Error::failed(format!("index {name} is not valid after its build: {other:?}"))),

@@ -48,6 +48,7 @@ impl Phases<'_> {
                 p.note = job.reason.clone();
             });
             metrics::not_throttled(ctx.job());
+            metrics::status(ctx.job(), job.status.as_str());
             match job.status {
                 Status::Running if job.phase == Phase::Done => self.finish().await?,
                 Status::Running => self.step(&job).await?,

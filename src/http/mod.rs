@@ -1,7 +1,13 @@
-//! Read-only HTTP: `/metrics`, `/healthz`, `/readyz`. Nothing here changes anything, and nothing lets a caller load the
-//! database: readiness is asked for at most once per second, whatever the number of requests.
+//! Read-only HTTP: the status page and its JSON, `/metrics`, `/healthz`, `/readyz`. Nothing here changes anything, and
+//! nothing lets a caller load the database: everything comes from memory but readiness, which is asked for at most once
+//! per second, whatever the number of requests.
 
+mod access;
 mod health;
+mod page;
+mod process;
+mod series;
+mod summary;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -16,13 +22,17 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
+use secrecy::SecretString;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
+use crate::progress::Progress;
+use access::{Access, Answer};
 use health::Ready;
+use series::Series;
 
 pub use health::{Pulse, Readiness};
 
@@ -47,17 +57,33 @@ pub struct HttpState {
     metrics: PrometheusHandle,
     pulse: Pulse,
     ready: Arc<Ready>,
+    progress: Progress,
+    series: Arc<Series>,
+    access: Access,
 }
 
 impl HttpState {
     /// `check` says whether the daemon can do its work, usually by a trivial query. It is called at most once per second
-    /// and given two seconds.
-    pub fn new<F, Fut>(metrics: PrometheusHandle, check: F) -> Self
+    /// and given two seconds. `progress` is what the status page shows.
+    pub fn new<F, Fut>(metrics: PrometheusHandle, progress: Progress, check: F) -> Self
     where
         F: Fn() -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Readiness> + Send + 'static,
     {
-        Self { metrics, pulse: Pulse::new(), ready: Arc::new(Ready::new(check)) }
+        Self {
+            metrics,
+            pulse: Pulse::new(),
+            ready: Arc::new(Ready::new(check)),
+            progress,
+            series: Arc::default(),
+            access: Access::new(None),
+        }
+    }
+
+    /// Asks for this token, but for health.
+    #[must_use]
+    pub fn with_token(self, token: Option<&SecretString>) -> Self {
+        Self { access: Access::new(token), ..self }
     }
 
     /// With a pulse that others look at as well.
@@ -88,7 +114,15 @@ pub async fn serve(
     })?;
     let address = listener.local_addr().map_err(|e| Error::internal("no local address").with_source(e))?;
     let pulse = state.pulse.clone();
-    let app = router(state);
+    let (series, progress) = (Arc::clone(&state.series), state.progress.clone());
+    let access = state.access.clone().at(address);
+    if access.is_open() {
+        tracing::warn!(
+            %address,
+            "others reach this address and no http.token is set: the status page is refused; metrics and health are served"
+        );
+    }
+    let app = router(HttpState { access, ..state });
     let task = tokio::spawn(async move {
         let server = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
         let grace_is_over = async {
@@ -101,6 +135,7 @@ pub async fn serve(
             },
             () = grace_is_over => {}
             () = pulse.keep() => {}
+            () = series.keep(&progress) => {}
         }
     });
     tracing::info!(%address, "http listening");
@@ -109,16 +144,20 @@ pub async fn serve(
 
 fn router(state: HttpState) -> Router {
     Router::new()
+        .route("/", get(page::html))
+        .route("/page.css", get(page::css))
+        .route("/page.js", get(page::js))
+        .route("/api/v1/status", get(page::status))
         .route("/metrics", get(render_metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .fallback(not_found)
-        .layer(middleware::from_fn(guard))
+        .layer(middleware::from_fn_with_state(state.clone(), guard))
         .with_state(state)
 }
 
 async fn render_metrics(State(state): State<HttpState>) -> Response {
-    respond(StatusCode::OK, METRICS_TYPE, state.metrics.render())
+    respond(StatusCode::OK, METRICS_TYPE, state.metrics.render() + &process::render())
 }
 
 /// Whether the event loop turns.
@@ -140,14 +179,18 @@ async fn readyz(State(state): State<HttpState>) -> Response {
 }
 
 async fn not_found() -> Response {
-    let body = json!({"error": "not found", "routes": ["/metrics", "/healthz", "/readyz"]});
+    let body = json!({"error": "not found", "routes": ["/", "/api/v1/status", "/metrics", "/healthz", "/readyz"]});
     respond_json(StatusCode::NOT_FOUND, &body)
 }
 
-/// Only reading methods come in; the security headers go out.
-async fn guard(request: Request, next: Next) -> Response {
-    let mut response = if matches!(*request.method(), Method::GET | Method::HEAD) {
-        next.run(request).await
+/// Only reading methods come in, from whoever may look; the security headers go out.
+async fn guard(State(state): State<HttpState>, request: Request, next: Next) -> Response {
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    let mut response = if reads {
+        match state.access.answer(request.uri().path(), request.headers()) {
+            Answer::Yes => next.run(request).await,
+            refusal => refused(refusal),
+        }
     } else {
         let body = json!({"error": "only GET and HEAD are allowed; nothing can be changed over HTTP"});
         let mut response = respond_json(StatusCode::METHOD_NOT_ALLOWED, &body);
@@ -155,9 +198,23 @@ async fn guard(request: Request, next: Next) -> Response {
         response
     };
     for (name, value) in SECURITY_HEADERS {
-        response.headers_mut().insert(name, HeaderValue::from_static(value));
+        // The page has a policy of its own, in which it may run.
+        response.headers_mut().entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
+}
+
+fn refused(answer: Answer) -> Response {
+    if answer == Answer::TokenWanted {
+        let body = json!({"error": "expected the token of http.token: as bearer token, or as password in a browser"});
+        let mut response = respond_json(StatusCode::UNAUTHORIZED, &body);
+        let how = HeaderValue::from_static("Basic realm=\"backfilld\", charset=\"UTF-8\"");
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, how);
+        return response;
+    }
+    let body = json!({"error": "others reach this address and no http.token is set, so only /metrics, /healthz and \
+        /readyz are served; set http.token_file, or listen on 127.0.0.1 and use a tunnel"});
+    respond_json(StatusCode::FORBIDDEN, &body)
 }
 
 fn respond_json(status: StatusCode, body: &serde_json::Value) -> Response {

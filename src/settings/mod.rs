@@ -20,7 +20,7 @@ use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 pub use show::{Reference, example, reference, reference_markdown};
 pub use target::{HostSpec, Roots, Target, TlsSpec};
@@ -160,9 +160,16 @@ pub enum SslMode {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpSettings {
-    /// Address and port for /metrics, /healthz and /readyz; `off` or nothing for none. The endpoints have no
-    /// authentication: whoever reaches the address can read (not change) the state of the job.
+    /// Address and port for the status page, /metrics, /healthz and /readyz; `off` or nothing for none. Nothing can be
+    /// changed over it. Where others reach the address, the page is served only with a token.
     pub listen: String,
+    /// Token that page and metrics ask for: as bearer token, or as the password of any user in a browser. Better kept in
+    /// `token_file` or the environment than in the settings file.
+    #[serde(serialize_with = "show::secret")]
+    #[schemars(with = "Option<String>", extend("format" = "secret"))]
+    pub token: Option<SecretString>,
+    /// File that holds the token and nothing else (one trailing newline is allowed). Read at start.
+    pub token_file: Option<PathBuf>,
 }
 
 /// What is logged and how.
@@ -302,7 +309,7 @@ impl Default for DatabaseSettings {
 
 impl Default for HttpSettings {
     fn default() -> Self {
-        Self { listen: DEFAULT_LISTEN.into() }
+        Self { listen: DEFAULT_LISTEN.into(), token: None, token_file: None }
     }
 }
 
@@ -357,6 +364,21 @@ impl HttpSettings {
     /// [`Kind::Input`](crate::Kind::Input) naming `http.listen`.
     pub fn address(&self) -> Result<Option<SocketAddr>> {
         validate::listen_address(&self.listen)
+    }
+
+    /// The token that the endpoints ask for, if one is set.
+    ///
+    /// # Errors
+    /// [`Kind::Input`](crate::Kind::Input) naming `http.token_file` if it cannot be read or holds nothing.
+    pub fn read_token(&self) -> Result<Option<SecretString>> {
+        let Some(file) = &self.token_file else { return Ok(self.token.clone()) };
+        let text = std::fs::read_to_string(file)
+            .map_err(|e| Error::input(format!("`http.token_file`: cannot read {}", file.display())).with_source(e))?;
+        let token = text.strip_suffix('\n').unwrap_or(&text);
+        if token.is_empty() {
+            return Err(Error::input(format!("`http.token_file`: {} is empty", file.display())));
+        }
+        Ok(Some(token.to_owned().into()))
     }
 }
 

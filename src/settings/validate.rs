@@ -72,6 +72,12 @@ impl Settings {
             .with_hint("keep one of the two"));
         }
         listen_address(&self.http.listen)?;
+        if self.http.token.is_some() && self.http.token_file.is_some() {
+            return Err(Error::input("`http.token` and `http.token_file`: expected one of them"));
+        }
+        if self.http.token.as_ref().is_some_and(|t| t.expose_secret().is_empty()) {
+            return Err(Error::input("`http.token`: expected a token, found nothing"));
+        }
         log_filter(&self.log.level).map(|_| ())
     }
 }

@@ -31,6 +31,7 @@ pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>, pulse: A
             Ok(readings) => readings,
             Err(e) => {
                 session = None;
+                metrics::probe_errors(ctx.job(), 1);
                 vec![Reading::no("probe", format!("the signals cannot be measured: {}", e.line()))]
             }
         };
@@ -48,6 +49,11 @@ pub(super) async fn run(ctx: Context, verdicts: watch::Sender<Verdict>, pulse: A
         for r in &readings {
             let waiting = waits.iter().any(|w| w.signal == r.signal);
             metrics::signal(ctx.job(), &r.signal, r.observed, r.threshold, waiting);
+            if !r.refuses {
+                metrics::database(ctx.job(), &r.signal, r.observed);
+            } else if r.detail.starts_with(signal::UNREADABLE) {
+                metrics::probe_errors(ctx.job(), 1);
+            }
         }
         ctx.progress.update(|p| {
             let others = readings.iter().filter(|r| !waits.contains(r)).map(|r| r.shown(false));

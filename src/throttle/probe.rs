@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio_postgres::Client;
 
 use super::replication::WalRate;
-use super::signal::Reading;
+use super::signal::{Reading, UNREADABLE};
 use super::{database, endpoint, operator, replication};
 use crate::error::Result;
 use crate::job::throttle::Throttle;
@@ -47,7 +47,7 @@ impl Probe {
             }
             Err(e) if client.is_closed() => Err(e),
             Err(e) => {
-                out.push(Reading::no(name, format!("it cannot be read: {}", e.line())));
+                out.push(Reading::no(name, format!("{UNREADABLE}: {}", e.line())));
                 Ok(())
             }
         };

@@ -7,6 +7,9 @@ use crate::progress::Signal;
 /// A waiting signal lets go only this far inside of its limit, so that it does not flutter.
 const RELEASE: f64 = 0.8;
 
+/// How the detail of a signal begins that could not be read.
+pub const UNREADABLE: &str = "it cannot be read";
+
 /// What one signal shows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reading {

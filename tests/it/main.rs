@@ -19,6 +19,7 @@ mod killed;
 mod lease;
 mod life;
 mod lint;
+mod page;
 mod pooler;
 mod preflight;
 mod proof;

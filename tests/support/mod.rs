@@ -1,10 +1,12 @@
 //! What every integration test needs: one shared server, a database per test, sessions that can be interleaved.
 
+mod browser;
 mod daemon;
 mod db;
 mod server;
 mod session;
 
+pub use browser::{Browser, free_port};
 pub use daemon::{Cli, Ended, JOB, JobDir, Ledger, Local, Process, run_once, schema_dump, settings};
 pub use db::{Template, TestDb};
 pub use server::{block_on, server};
