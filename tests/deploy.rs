@@ -147,3 +147,43 @@ fn the_chart_renders_to_what_kubernetes_takes() {
     let ran = Command::new(root().join("scripts/check-deploy.sh")).output().expect("it runs");
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
 }
+
+/// With a stand-in for the release binary: this is about the package.
+#[test]
+fn the_debian_package_installs_and_leaves_nothing_but_settings() {
+    if Command::new("dpkg-deb").arg("--version").output().is_err() {
+        eprintln!("dpkg-deb is not there: no package was built");
+        return;
+    }
+    let target = tempfile::tempdir().expect("a directory");
+    let run = |command: &mut Command| {
+        let ran = command.output().expect("it runs");
+        assert!(ran.status.success(), "{command:?}: {}", String::from_utf8_lossy(&ran.stderr));
+        String::from_utf8_lossy(&ran.stdout).into_owned()
+    };
+    let mut build = Command::new(root().join("scripts/build-deb.sh"));
+    let package = run(build.arg(env!("CARGO_BIN_EXE_backfilld")).env("CARGO_TARGET_DIR", target.path()));
+    let package = package.trim();
+    let list = run(Command::new("dpkg-deb").args(["-c", package]));
+    for path in ["usr/bin/backfilld", "usr/lib/systemd/system/backfilld@.service", "etc/backfilld/backfilld.toml"] {
+        assert!(list.contains(&format!("./{path}")), "{path}: {list}");
+    }
+    assert!(!list.lines().any(|l| !l.contains("root/root")), "{list}");
+    let place = target.path().join("root");
+    run(Command::new("dpkg-deb").args(["-x", package]).arg(&place));
+    let version = run(Command::new(place.join("usr/bin/backfilld")).arg("--version"));
+    assert_eq!(version.trim(), concat!("backfilld ", env!("CARGO_PKG_VERSION")));
+    let settings = place.join("etc/backfilld/backfilld.toml");
+    run(Command::new(place.join("usr/bin/backfilld")).arg("--config").arg(settings).args(["config", "check"]));
+}
+
+/// What the sample of compose.yaml loads is what the demo loads.
+#[test]
+fn the_sample_of_compose_loads_files_that_exist() {
+    let script = text("deploy/container/sample.sh");
+    let files: Vec<&str> = script.split("$sql/").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    assert!(files.len() >= 4, "{files:?}");
+    for file in files {
+        assert!(root().join("src/demo/sql").join(file).exists(), "{file}");
+    }
+}

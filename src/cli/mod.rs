@@ -109,6 +109,11 @@ enum Command {
     Config(config::ConfigCommand),
 }
 
+/// The command line as clap knows it: for what is made from it, and for tests.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 /// Parses the command line, runs the command, and turns its result into output and an exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();

@@ -11,6 +11,7 @@ mod control;
 mod cutover;
 mod demo;
 mod demo_migration;
+mod guide;
 mod heap;
 mod heap_model;
 mod hooks;

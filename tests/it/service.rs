@@ -1,6 +1,8 @@
 //! Under a service manager: what systemd hears, and what a signal does to process 1 of a container.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::{Cli, JobDir, Ledger, Template, TestDb, wait_until};
 
@@ -81,4 +83,99 @@ async fn as_process_one_it_leaves_on_sigterm_and_a_standby_has_the_lease_at_once
 fn can_unshare() -> bool {
     let tried = std::process::Command::new("unshare").args(["--pid", "--fork", "true"]).output();
     tried.is_ok_and(|ran| ran.status.success())
+}
+
+/// What an application was told is done.
+#[derive(Default)]
+struct Told {
+    inserted: Vec<(uuid::Uuid, String)>,
+    errors: Vec<String>,
+}
+
+/// Writes until told to stop: messages, and conversations that change hands.
+async fn write(db: &TestDb, writer: usize, stop: Arc<AtomicBool>) -> tokio::task::JoinHandle<Told> {
+    let client = db.client(backfilld::demo::sample::APP_OWNER).await;
+    tokio::spawn(async move {
+        let mut told = Told::default();
+        for n in 0.. {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let content = format!("{writer}-{n}");
+            let insert = "insert into public.messages (conversation_id, role, content)
+                select id, 'user', $1 from public.conversations offset ($2 * 37) % 60 limit 1 returning id";
+            match client.query_opt(insert, &[&content, &(n as i64)]).await {
+                Ok(Some(row)) => told.inserted.push((row.get(0), content)),
+                Ok(None) => {}
+                Err(e) => told.errors.push(backfilld::Error::from(e).line()),
+            }
+            let transfer = "update public.conversations c set user_id = u.id, auth_user_id = u.auth_user_id
+                from (select id, auth_user_id from public.users where auth_user_id is not null offset $1 % 20 limit 1) u
+                where c.id = (select id from public.conversations offset ($1 * 7) % 60 limit 1)";
+            if n % 5 == 0
+                && let Err(e) = client.execute(transfer, &[&(n as i64)]).await
+            {
+                told.errors.push(backfilld::Error::from(e).line());
+            }
+        }
+        told
+    })
+}
+
+/// What an update of a deployment does: a new daemon comes as standby, the old one is asked to leave; again and again,
+/// while the application writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_under_load_loses_nothing() {
+    let db = TestDb::new(Template::Rows(6000)).await;
+    let ledger = Ledger::new(&db).await;
+    let before = ledger.number("select count(*) from public.messages").await;
+    let job = JobDir::shipped();
+    job.replace("initial_rows = 100", "pause = \"60ms\"\ninitial_rows = 100");
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut writers = Vec::new();
+    for writer in 0..3 {
+        writers.push(write(&db, writer, Arc::clone(&stop)).await);
+    }
+    let start = |n: usize| Cli::new(&db).env("BACKFILLD_INSTANCE", &format!("i{n}")).start(&["run", job.path()]);
+    let holds = async |n: usize| {
+        let sql = format!(
+            "select count(*) = 1 from backfilld.lease where expires_at > clock_timestamp() and instance = 'i{n}'"
+        );
+        ledger.is(&sql).await
+    };
+    let scanned = async || {
+        let there = ledger.is("select to_regclass('backfilld.checkpoint') is not null").await;
+        if there { ledger.number("select coalesce(sum(rows_scanned), 0) from backfilld.checkpoint").await } else { 0 }
+    };
+    let waiting = "select count(*) from pg_stat_activity where datname = current_database()
+        and application_name like 'backfilld/%/heartbeat'";
+    let mut leader = start(0);
+    for n in 1..=3 {
+        let from = scanned().await;
+        wait_until("batches are through", async || scanned().await > from + 300).await;
+        let standby = start(n);
+        wait_until("both are there", async || ledger.number(waiting).await == 2).await;
+        assert_eq!(ledger.phase().await, "backfill", "there is something left to do");
+        leader.signal("TERM");
+        leader.ended().await.expect(0, "stopped on request");
+        wait_until("the standby has it", async || holds(n).await).await;
+        leader = standby;
+    }
+    ledger.wait_status("done").await;
+    stop.store(true, Ordering::Relaxed);
+    let mut acknowledged = 0;
+    for writer in writers {
+        let told = writer.await.expect("the writer does not panic");
+        assert_eq!(told.errors, Vec::<String>::new());
+        acknowledged += told.inserted.len() as i64;
+        let (ids, contents): (Vec<_>, Vec<_>) = told.inserted.into_iter().unzip();
+        let found = "select count(*) from unnest($1::uuid[], $2::text[]) w(id, content) join public.messages m using (id, content)";
+        let found: i64 = ledger.client.query_one(found, &[&ids, &contents]).await.expect("readable").get(0);
+        assert_eq!(found, ids.len() as i64, "every acknowledged message is there as it was written");
+    }
+    assert_eq!(ledger.number("select count(*) from public.messages").await, before + acknowledged);
+    assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
+    assert!(acknowledged > 100, "{acknowledged} writes");
+    leader.signal("TERM");
+    leader.ended().await.expect(0, "stopped on request");
 }
