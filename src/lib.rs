@@ -29,5 +29,6 @@ pub mod settings;
 pub mod telemetry;
 pub mod throttle;
 pub mod verify;
+pub mod watch;
 
 pub use error::{Error, Kind, Result};

@@ -80,6 +80,16 @@ pub const INVALID_INDEXES: &str = "backfilld_invalid_indexes";
 pub const VERIFY_CHECKED: &str = "backfilld_verify_checked_rows_total";
 /// Rows found wrong.
 pub const VERIFY_FINDINGS: &str = "backfilld_verify_findings";
+/// What the watch after the flip finds.
+pub const WATCH_FINDINGS: &str = "backfilld_watch_findings";
+/// Looks of the watch.
+pub const WATCH_LOOKS: &str = "backfilld_watch_looks_total";
+/// Last look of the watch.
+pub const WATCH_CHECKED: &str = "backfilld_watch_checked_timestamp_seconds";
+/// End of the watch.
+pub const WATCH_ENDS: &str = "backfilld_watch_ends_timestamp_seconds";
+/// Policies and functions that are not what the flip made.
+pub const POLICY_DRIFT: &str = "backfilld_policy_drift";
 /// Whether this daemon holds the lease.
 pub const LEASE_HELD: &str = "backfilld_lease_held";
 /// Epoch of the lease.
@@ -129,7 +139,7 @@ use MetricType::{Counter, Gauge, Histogram};
 
 /// All metrics, in the order of docs/metrics.md.
 #[rustfmt::skip]
-pub const METRICS: [Metric; 39] = [
+pub const METRICS: [Metric; 44] = [
     metric(BUILD_INFO, Gauge, Unit::Count, &["version"], "always 1; the version is a label"),
     metric(JOB_INFO, Gauge, Unit::Count, &["job", "daemon"], "always 1; the daemon's name is a label"),
     metric(JOB_STATUS, Gauge, Unit::Count, &["job", "status"], "1 for the status the job has, 0 for the others"),
@@ -165,6 +175,11 @@ pub const METRICS: [Metric; 39] = [
     metric(INVALID_INDEXES, Gauge, Unit::Count, &["job"], "indexes of the job that a failed build left invalid"),
     metric(VERIFY_CHECKED, Counter, Unit::Count, &["job"], "rows compared with their source"),
     metric(VERIFY_FINDINGS, Gauge, Unit::Count, &["job", "kind"], "rows the last verification found wrong: nulls, drift or orphans; absent before the first"),
+    metric(WATCH_FINDINGS, Gauge, Unit::Count, &["job", "kind"], "what the watch after the flip finds wrong now: sync_triggers, policy_drift, catalog, indexes, constraints, data or blind; absent before the flip"),
+    metric(WATCH_LOOKS, Counter, Unit::Count, &["job"], "looks at everything by the watch after the flip"),
+    metric(WATCH_CHECKED, Gauge, Unit::Seconds, &["job"], "last look of the watch as Unix time; absent before the flip"),
+    metric(WATCH_ENDS, Gauge, Unit::Seconds, &["job"], "when the watch is over, if nothing is wrong then, as Unix time"),
+    metric(POLICY_DRIFT, Gauge, Unit::Count, &["job"], "policies, functions and row level security flags that are not what the flip made; absent before the flip"),
     metric(LEASE_HELD, Gauge, Unit::Count, &["job"], "1 while this daemon holds the job's lease"),
     metric(LEASE_EPOCH, Gauge, Unit::Count, &["job"], "epoch of the lease this daemon holds or held last; grows with every takeover"),
     metric(LEASE_LOST, Counter, Unit::Count, &["job"], "times this daemon lost the lease to another one or to time"),
@@ -423,6 +438,17 @@ pub fn verify_findings<'a>(job: &str, findings: impl IntoIterator<Item = (&'a st
     }
 }
 
+/// The watch looked at everything: when, when it will be over (Unix time in seconds), and what is wrong, by kind.
+pub fn watched(job: &str, at: f64, ends: f64, findings: &[(&'static str, u64)], policy_drift: u64) {
+    counter!(WATCH_LOOKS, "job" => job.to_owned()).increment(1);
+    gauge!(WATCH_CHECKED, "job" => job.to_owned()).set(at);
+    gauge!(WATCH_ENDS, "job" => job.to_owned()).set(ends);
+    gauge!(POLICY_DRIFT, "job" => job.to_owned()).set(float(policy_drift));
+    for (kind, n) in findings {
+        gauge!(WATCH_FINDINGS, "job" => job.to_owned(), "kind" => *kind).set(float(*n));
+    }
+}
+
 /// Whether this daemon holds the lease, and under which epoch.
 pub fn lease(job: &str, held: bool, epoch: i64) {
     gauge!(LEASE_HELD, "job" => job.to_owned()).set(f64::from(u8::from(held)));
@@ -497,6 +523,7 @@ mod tests {
         ddl_attempt("j", "ok", Duration::from_millis(3));
         ddl_lock_hold("j", "AccessExclusiveLock", Duration::from_millis(4));
         verify_checked("j", 10);
+        watched("j", 1.0, 2.0, &[("data", 1)], 1);
         verify_findings("j", [("drift", 1)]);
         lease("j", true, 7);
         lease_lost("k");

@@ -9,7 +9,7 @@ use crate::cutover::flip;
 use crate::ddl::{self, Change, Strength};
 use crate::error::{Error, Result};
 use crate::expand::snapshot::{self, ColumnState, FunctionState, Security};
-use crate::ledger::{event, job, lease, objects, verdict};
+use crate::ledger::{event, job, lease, objects, verdict, watch};
 use crate::pg::connect::Session;
 use crate::pg::ident::literal;
 use crate::phase::Status;
@@ -86,6 +86,7 @@ async fn unflip(ctx: &Context, session: &mut Session) -> Result<()> {
             tx.batch_execute(sql).await?;
         }
         verdict::forget_flipped(tx, ctx.job()).await?;
+        watch::forget(tx, ctx.job()).await?;
         objects::removed(tx, ctx.job(), "flip", &table.to_string()).await
     })
     .await

@@ -13,7 +13,7 @@ use crate::ledger::job::{self as jobs, JobRow};
 use crate::ledger::verdict::Verdict;
 use crate::ledger::{checkpoint, event, lease};
 use crate::phase::{Phase, Status};
-use crate::{backfill, expand, fault, metrics, rollback, verify};
+use crate::{backfill, expand, fault, metrics, rollback, verify, watch};
 
 /// Sweeps over the table before rows that are still unfilled need a human. The second catches what slipped through the
 /// first (a writer that skipped triggers); a third that still finds some is a pattern.
@@ -134,7 +134,8 @@ impl Phases<'_> {
             Phase::Verify => self.verify().await,
             Phase::Constrain => constrain::run(ctx).await,
             Phase::Flip => flip::run(ctx).await,
-            Phase::Watch | Phase::Done => Ok(Outcome::Complete),
+            Phase::Watch => watch::run(ctx).await,
+            Phase::Done => Ok(Outcome::Complete),
         }
     }
 

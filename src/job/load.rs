@@ -12,7 +12,6 @@ use crate::error::{Error, Result};
 /// Keys that the format knows and this version does not do. They are refused by name, never half done.
 const NOT_IMPLEMENTED: &[(&str, &str)] = &[
     ("access", "access comparison under roles and claims"),
-    ("watch", "watching after the flip"),
     ("hooks", "a hook in a job (hooks are settings of the daemon, docs/control.md)"),
     ("target.partitions", "partitioned targets"),
     ("columns.exists", "columns that exist already"),
@@ -122,7 +121,7 @@ impl JobSpec {
         let mut fixed = serde_json::to_value(self).unwrap_or_default();
         if let Some(keys) = fixed.as_object_mut() {
             // By name, not set to their defaults: a default that a later version changes or adds must not matter either.
-            for key in ["throttle", "verification", "hold_before", "description"] {
+            for key in ["throttle", "verification", "watch", "hold_before", "description"] {
                 keys.remove(key);
             }
             if let Some(batching) = keys.get_mut("batching").and_then(|b| b.as_object_mut()) {
@@ -229,7 +228,7 @@ mod tests {
     fn unknown_and_unimplemented_keys_are_named() {
         assert!(refusal(&format!("{SMALL}\nbogus = 1")).contains("bogus"));
         assert!(refusal(&format!("{SMALL}\nexists = true")).contains("columns.exists"));
-        assert!(refusal(&format!("watch = 1\n{SMALL}")).contains("watch"));
+        assert!(refusal(&format!("hooks = 1\n{SMALL}")).contains("hooks"));
     }
 
     #[test]

@@ -44,7 +44,7 @@ fn reference_markdown() -> Result<String> {
          deploy/jobs/messages_auth_user_id is one that uses most of what there is. Unknown keys, wrong types and\n\
          missing files are errors that name the key. `docs/job.schema.json` (also `backfilld config job-schema`) is the\n\
          JSON Schema, for editors that complete and check TOML. Keys that change what a job does cannot change once\n\
-         it has started; `description`, `batching`, `verification` and `hold_before` can, with the next start of the\n\
+         it has started; `description`, `batching`, `verification`, `watch` and `hold_before` can, with the next start of the\n\
          daemon.\n\n\
          Names of tables are written as in SQL: `public.messages`, `public.\"Messages\"`. All other names (columns,\n\
          indexes, constraints, policies, roles) are written exactly as they are, without quotes.\n\n\
@@ -112,6 +112,7 @@ fn sections(e: &JobSpec) -> Vec<Section> {
             text(&e.throttle.windows.first()),
         ),
         section("[verification]", "/properties/verification", &["verification"], text(&e.verification)),
+        section("[watch]", "/properties/watch", &["watch"], text(&e.watch)),
     ]
 }
 

@@ -36,6 +36,15 @@ pub fn validate(spec: &JobSpec) -> Vec<String> {
     if !(128..=1_000_000).contains(&pages) {
         out.push(format!("verification.chunk_pages: expected 128 to 1000000, found {pages}"));
     }
+    if let Some(watch) = &spec.watch {
+        let day = Duration::from_secs(86_400);
+        if watch.lasts > day * 90 {
+            out.push("watch.for: expected at most 90d".into());
+        }
+        if watch.every < Duration::from_millis(100) || watch.every > day {
+            out.push("watch.every: expected 100ms to 1d".into());
+        }
+    }
     out
 }
 

@@ -14,3 +14,4 @@ pub mod objects;
 pub mod tuning;
 pub mod verdict;
 pub mod verification;
+pub mod watch;

@@ -48,6 +48,11 @@ pub struct Proof {
     unusable: Option<Unusable>,
 }
 
+/// Numbers by kind.
+pub type Counts = BTreeMap<String, i64>;
+/// Keys by kind.
+pub type Keys = BTreeMap<String, Vec<Vec<String>>>;
+
 /// Which tables a walk is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -77,9 +82,9 @@ pub struct Walk {
     /// Target rows looked at.
     pub rows_checked: i64,
     /// Rows found wrong, by kind.
-    counts: BTreeMap<String, i64>,
+    counts: Counts,
     /// Keys of some of them.
-    samples: BTreeMap<String, Vec<Vec<String>>>,
+    samples: Keys,
     elapsed_ms: i64,
 }
 
@@ -260,6 +265,17 @@ impl Proof {
         Ok(())
     }
 
+    /// Compares the rows of some pages of the target: numbers and keys by kind.
+    ///
+    /// # Errors
+    /// Database errors.
+    pub async fn look(&self, client: &Client, low: u64, high: u64) -> Result<(Counts, Keys)> {
+        let mut walk = self.begin();
+        (walk.page, walk.chunk, walk.filenode) = (low, high - low, 0);
+        self.target(client, &mut walk).await?;
+        Ok((walk.counts, walk.samples))
+    }
+
     /// Keys, as text, of the rows of some pages whose value another look at their source would mend.
     pub fn repairable(&self, low: u64, high: u64) -> String {
         let wrong: Vec<String> = self
@@ -328,7 +344,7 @@ async fn chunk(client: &Client, walk: &mut Walk, sql: &str) -> Result<Option<Row
     );
     let row = client.query_one(&sql, &[relation]).await?;
     let filenode: u32 = row.get(row.len() - 2);
-    if walk.page > 0 && filenode != walk.filenode {
+    if walk.page > 0 && walk.filenode > 0 && filenode != walk.filenode {
         return Ok(None);
     }
     walk.filenode = filenode;

@@ -41,4 +41,5 @@ mod throttle_servers;
 mod tune;
 mod verdict;
 mod verify;
+mod watch;
 mod watching;
