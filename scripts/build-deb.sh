@@ -80,5 +80,5 @@ chmod 0755 "$root/DEBIAN/postinst" "$root/DEBIAN/postrm"
 (cd "$root" && find usr -type f -print0 | sort -z | xargs -0 md5sum >DEBIAN/md5sums)
 
 out=$target/backfilld_${version}_${architecture}.deb
-dpkg-deb --root-owner-group --build "$root" "$out" >/dev/null
+dpkg-deb -Z"${DEB_COMPRESSION:-xz}" --root-owner-group --build "$root" "$out" >/dev/null
 echo "$out"

@@ -162,7 +162,10 @@ fn the_debian_package_installs_and_leaves_nothing_but_settings() {
         String::from_utf8_lossy(&ran.stdout).into_owned()
     };
     let mut build = Command::new(root().join("scripts/build-deb.sh"));
-    let package = run(build.arg(env!("CARGO_BIN_EXE_backfilld")).env("CARGO_TARGET_DIR", target.path()));
+    let package = run(build
+        .arg(env!("CARGO_BIN_EXE_backfilld"))
+        .env("CARGO_TARGET_DIR", target.path())
+        .env("DEB_COMPRESSION", "none"));
     let package = package.trim();
     let list = run(Command::new("dpkg-deb").args(["-c", package]));
     for path in ["usr/bin/backfilld", "usr/lib/systemd/system/backfilld@.service", "etc/backfilld/backfilld.toml"] {

@@ -103,15 +103,15 @@ async fn write(db: &TestDb, writer: usize, stop: Arc<AtomicBool>) -> tokio::task
             }
             let content = format!("{writer}-{n}");
             let insert = "insert into public.messages (conversation_id, role, content)
-                select id, 'user', $1 from public.conversations offset ($2 * 37) % 60 limit 1 returning id";
+                select id, 'user', $1 from public.conversations offset ($2::int8 * 37) % 60 limit 1 returning id";
             match client.query_opt(insert, &[&content, &(n as i64)]).await {
                 Ok(Some(row)) => told.inserted.push((row.get(0), content)),
                 Ok(None) => {}
                 Err(e) => told.errors.push(backfilld::Error::from(e).line()),
             }
             let transfer = "update public.conversations c set user_id = u.id, auth_user_id = u.auth_user_id
-                from (select id, auth_user_id from public.users where auth_user_id is not null offset $1 % 20 limit 1) u
-                where c.id = (select id from public.conversations offset ($1 * 7) % 60 limit 1)";
+                from (select id, auth_user_id from public.users where auth_user_id is not null offset $1::int8 % 20 limit 1) u
+                where c.id = (select id from public.conversations offset ($1::int8 * 7) % 60 limit 1)";
             if n % 5 == 0
                 && let Err(e) = client.execute(transfer, &[&(n as i64)]).await
             {
