@@ -3,6 +3,7 @@
 //! The modules in reading order: what the operator wrote ([`job`], [`settings`]), what will be done ([`plan`]), the
 //! phases that do it, the state they leave in the database, and what they tell. ARCHITECTURE.md is the map.
 
+pub mod access;
 pub mod backfill;
 pub mod cli;
 pub mod context;

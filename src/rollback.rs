@@ -4,6 +4,7 @@
 use tokio_postgres::Transaction;
 use tracing::{info, warn};
 
+use crate::access;
 use crate::context::Context;
 use crate::cutover::flip;
 use crate::ddl::{self, Change, Strength};
@@ -25,6 +26,7 @@ pub const FAILED: &str = "rollback: ";
 /// DDL errors, lease lost, interrupted; refused if something stands in the way that is not ours.
 pub async fn run(ctx: &Context, drop_column: bool) -> Result<()> {
     let mut session = ctx.connect_ddl("rollback").await?;
+    access::probe_role::drop_all(ctx, &mut session).await?;
     if flip::is_flipped(ctx, &session.client).await? {
         unflip(ctx, &mut session).await?;
     }
@@ -48,7 +50,11 @@ pub async fn run(ctx: &Context, drop_column: bool) -> Result<()> {
     Ok(())
 }
 
-async fn unflip(ctx: &Context, session: &mut Session) -> Result<()> {
+/// Puts the old policies and functions back.
+///
+/// # Errors
+/// DDL errors.
+pub async fn unflip(ctx: &Context, session: &mut Session) -> Result<()> {
     let table = &ctx.spec.target.table;
     let target = table.sql();
     let mut prelude = Vec::new();

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand. stdout is data, stderr is progress.
 
+mod access;
 mod check;
 mod config;
 mod control;

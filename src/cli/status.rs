@@ -49,6 +49,10 @@ struct JobStatus {
     verdict: Option<serde_json::Value>,
     /// Why the verdict does not hold any more; empty: it holds, did not pass, or there is none.
     verdict_expired: Vec<String>,
+    /// The newest comparison of access.
+    access: Option<ledger::access::Run>,
+    /// Its first differences.
+    access_differences: Vec<ledger::access::Outcome>,
     quarantined: i64,
     /// Rows that an operator accepted without a value.
     accepted: i64,
@@ -141,6 +145,11 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
             &[&name],
         )
         .await?;
+    let access = ledger::access::latest(client, name, None).await?;
+    let access_differences = match &access {
+        Some(run) if run.passed == Some(false) => ledger::access::outcomes(client, run.id, true, 5).await?,
+        _ => Vec::new(),
+    };
     Ok(JobStatus {
         job: job.name,
         phase: job.phase.to_string(),
@@ -157,6 +166,8 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
         lease,
         verdict,
         verdict_expired,
+        access,
+        access_differences,
         quarantined: checkpoint::quarantined(client, name).await?,
         accepted: checkpoint::accepted(client, name).await?,
         quarantine: quarantine.iter().map(|r| r.get(0)).collect(),
@@ -226,6 +237,12 @@ fn text(s: &JobStatus) -> String {
                     },
                 );
             }
+        }
+    }
+    if let Some(run) = &s.access {
+        line("access", super::access::line(run));
+        for o in s.access_differences.iter().filter(|o| o.verdict == "different") {
+            line("", o.line());
         }
     }
     if s.quarantined > 0 {

@@ -24,6 +24,9 @@ pub struct VerifyArgs {
     /// Derive wrong rows anew from their source, in small batches, then verify again. Refused while a daemon works on the job
     #[arg(long)]
     repair: bool,
+    /// Show what the daemon found when it compared who may see and do what, before and after the flip
+    #[arg(long, conflicts_with = "repair")]
+    access: bool,
 }
 
 pub async fn run(global: &Global, args: VerifyArgs) -> Result<()> {
@@ -31,6 +34,9 @@ pub async fn run(global: &Global, args: VerifyArgs) -> Result<()> {
     let session = super::connect(&settings, "verify").await?;
     ledger::migrate::require(&session.client).await?;
     let row = ledger::job::get(&session.client, &super::job_name(&args.job)?).await?;
+    if args.access {
+        return access(&session.client, &row, args.json).await;
+    }
     let spec = super::started_spec(&row)?;
     let facts = Facts::read(&session.client, &spec, settings.database.dedicated_login).await?;
     if let Some(i) = facts.existing.iter().position(Option::is_none) {
@@ -87,4 +93,34 @@ async fn repair(settings: &Settings, spec: &JobSpec, proof: &Proof, facts: &Fact
     let refused = if refused.is_empty() { String::new() } else { format!(", refused: {}", refused.join(", ")) };
     let _ = writeln!(std::io::stderr(), "repaired {} rows, left {}{refused}", done.repaired, done.left);
     Ok(())
+}
+
+/// The newest comparison of access, with every difference and its cause.
+async fn access(client: &tokio_postgres::Client, row: &ledger::job::JobRow, json: bool) -> Result<()> {
+    let runs = ledger::access::latest(client, &row.name, None).await?;
+    let Some(run) = runs else {
+        let hint = if super::started_spec(row)?.access.is_some() {
+            "the daemon compares after the verification of the data; backfilld status says where the job is"
+        } else {
+            "the job has no [access]; docs/job-reference.md explains it"
+        };
+        return Err(Error::refused(format!("access was not compared for job {}", row.name)).with_hint(hint));
+    };
+    if json {
+        let outcomes = ledger::access::outcomes(client, run.id, false, i64::MAX).await?;
+        super::print_json(&serde_json::json!({ "run": run, "outcomes": outcomes }))?;
+    } else {
+        let outcomes = ledger::access::outcomes(client, run.id, true, 1000).await?;
+        super::print(&super::access::text(&run, &outcomes))?;
+    }
+    if run.passed == Some(true) {
+        return Ok(());
+    }
+    let n = run.differences;
+    Err(match run.passed {
+        None => Error::refused("the comparison of access is not finished")
+            .with_hint("backfilld status says what it waits for"),
+        _ => Error::failed(format!("access would change in {n} ways"))
+            .with_hint("correct the data or the policies; what is meant goes into [[access.accept]] with a reason"),
+    })
 }

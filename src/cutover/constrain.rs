@@ -3,6 +3,7 @@
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
+use crate::access;
 use crate::context::{Context, Outcome};
 use crate::ddl::{self, Change, Strength};
 use crate::error::{Error, Result};
@@ -24,7 +25,7 @@ const MAX_BUILDS: u32 = 5;
 /// Refused if something else has the name of what we want to make; DDL errors.
 pub async fn run(ctx: &Context) -> Result<Outcome> {
     let mut session = ctx.connect_ddl("constrain").await?;
-    if !verify::verdict_holds(ctx, &session.client).await? {
+    if !verify::verdict_holds(ctx, &session.client).await? || !access::holds(ctx, &session.client).await? {
         return Ok(Outcome::BackTo(Phase::Verify));
     }
     let steps = steps::constrain(&ctx.spec, &ctx.facts.shape, "");

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::{GenericClient, Transaction};
 
+use crate::access;
 use crate::context::{Context, Outcome};
 use crate::ddl::{self, Change, Strength};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::expand::snapshot::{self, FunctionState, PolicyState, Security};
 use crate::job::spec::Policies;
 use crate::ledger::{objects, verdict};
@@ -14,7 +15,7 @@ use crate::pg::connect::Session;
 use crate::pg::ident::QualifiedName;
 use crate::phase::Phase;
 use crate::plan::steps;
-use crate::verify;
+use crate::{fault, rollback, verify};
 
 /// Runs the phase. Without a passing verdict it goes back to the verification.
 ///
@@ -24,9 +25,9 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
     let Some(step) = steps::flip(&ctx.spec, "") else { return Ok(Outcome::Complete) };
     let mut session = ctx.connect_ddl("flip").await?;
     if is_flipped(ctx, &session.client).await? {
-        return Ok(Outcome::Complete);
+        return confirm(ctx, &mut session).await;
     }
-    if !verify::verdict_holds(ctx, &session.client).await? {
+    if !verify::verdict_holds(ctx, &session.client).await? || !access::holds(ctx, &session.client).await? {
         return Ok(Outcome::BackTo(Phase::Verify));
     }
     rehearse_way_back(ctx, &mut session).await?;
@@ -57,7 +58,24 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         verdict::store_flipped(tx, ctx.job(), &verify::json(&after.access)?).await
     })
     .await?;
-    Ok(Outcome::Complete)
+    confirm(ctx, &mut session).await
+}
+
+/// Compares access on the real thing. A difference takes the flip back at once.
+async fn confirm(ctx: &Context, session: &mut Session) -> Result<Outcome> {
+    if access::is_confirmed(ctx, &session.client).await? {
+        return Ok(Outcome::Complete);
+    }
+    fault::point("before-confirm");
+    match access::compare(ctx, access::Stage::After).await {
+        Ok(()) => Ok(Outcome::Complete),
+        Err(e) if e.kind() == Kind::Failed => {
+            rollback::unflip(ctx, session).await?;
+            Err(e.context("after the flip; the old policies and functions are back"))
+        }
+        // Nothing differs as far as is known: the new policies stay, and `resume` compares again.
+        Err(e) => Err(e),
+    }
 }
 
 /// Tries whether the old functions can replace the new ones: not if, for example, a new one adds a default to a parameter.
@@ -93,6 +111,14 @@ pub async fn is_flipped(ctx: &Context, client: &impl GenericClient) -> Result<bo
 
 /// The policies now must be those that the snapshot took, and those that the job names: somebody who changed one since has
 /// to be asked.
+///
+/// # Errors
+/// Refused, saying what is another.
+pub async fn assert_unchanged(ctx: &Context, client: &impl GenericClient) -> Result<()> {
+    let then = kept_security(ctx, client).await?;
+    assert_before(ctx, client, then.as_ref()).await
+}
+
 async fn assert_before(ctx: &Context, tx: &impl GenericClient, then: Option<&Security>) -> Result<()> {
     let Some(policies) = &ctx.spec.policies else { return Ok(()) };
     let table = &ctx.spec.target.table;

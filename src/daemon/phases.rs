@@ -13,7 +13,7 @@ use crate::ledger::job::{self as jobs, JobRow};
 use crate::ledger::verdict::Verdict;
 use crate::ledger::{checkpoint, event, lease};
 use crate::phase::{Phase, Status};
-use crate::{backfill, expand, fault, metrics, rollback, verify, watch};
+use crate::{access, backfill, expand, fault, metrics, rollback, verify, watch};
 
 /// Sweeps over the table before rows that are still unfilled need a human. The second catches what slipped through the
 /// first (a writer that skipped triggers); a third that still finds some is a pattern.
@@ -141,11 +141,13 @@ impl Phases<'_> {
 
     async fn verify(&self) -> Result<Outcome> {
         let ctx = self.ctx;
+        access::clean(ctx).await?;
         let mut verdict = self.proof().await?;
         if verdict.counts.get(verify::DRIFT).is_some_and(|n| *n > 0) && backfill::settle::run(ctx).await? > 0 {
             verdict = self.proof().await?;
         }
         if verdict.passed {
+            access::compare(ctx, access::Stage::Before).await?;
             return Ok(Outcome::Complete);
         }
         let count = |kind: &str| verdict.counts.get(kind).copied().unwrap_or(0);

@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 
 /// Keys that the format knows and this version does not do. They are refused by name, never half done.
 const NOT_IMPLEMENTED: &[(&str, &str)] = &[
-    ("access", "access comparison under roles and claims"),
     ("hooks", "a hook in a job (hooks are settings of the daemon, docs/control.md)"),
     ("target.partitions", "partitioned targets"),
     ("columns.exists", "columns that exist already"),
@@ -121,7 +120,7 @@ impl JobSpec {
         let mut fixed = serde_json::to_value(self).unwrap_or_default();
         if let Some(keys) = fixed.as_object_mut() {
             // By name, not set to their defaults: a default that a later version changes or adds must not matter either.
-            for key in ["throttle", "verification", "watch", "hold_before", "description"] {
+            for key in ["throttle", "verification", "access", "watch", "hold_before", "description"] {
                 keys.remove(key);
             }
             if let Some(batching) = keys.get_mut("batching").and_then(|b| b.as_object_mut()) {

@@ -1,5 +1,6 @@
 //! What the operator wrote: `job.toml` and its SQL files, parsed and validated. Knows no database.
 
+pub mod access;
 pub mod lex;
 pub mod load;
 #[cfg(test)]

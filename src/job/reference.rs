@@ -44,8 +44,8 @@ fn reference_markdown() -> Result<String> {
          deploy/jobs/messages_auth_user_id is one that uses most of what there is. Unknown keys, wrong types and\n\
          missing files are errors that name the key. `docs/job.schema.json` (also `backfilld config job-schema`) is the\n\
          JSON Schema, for editors that complete and check TOML. Keys that change what a job does cannot change once\n\
-         it has started; `description`, `batching`, `verification`, `watch` and `hold_before` can, with the next start of the\n\
-         daemon.\n\n\
+         it has started; `description`, `access`, `batching`, `verification`, `watch` and `hold_before` can, with the next\n\
+         start of the daemon.\n\n\
          Names of tables are written as in SQL: `public.messages`, `public.\"Messages\"`. All other names (columns,\n\
          indexes, constraints, policies, roles) are written exactly as they are, without quotes.\n\n\
          Expressions see the target as `t` and each source by its alias. They are evaluated with `search_path =\n\
@@ -90,6 +90,19 @@ fn sections(e: &JobSpec) -> Vec<Section> {
             text(&policies.and_then(|p| p.create.first())),
         ),
         section("[[agree]]", "/properties/agree/items", &["agree"], text(&e.agree.first())),
+        section("[access]", "/properties/access", &["access"], text(&e.access)),
+        section(
+            "[[access.calls]]",
+            "/properties/access/properties/calls/items",
+            &["access", "calls"],
+            text(&e.access.as_ref().and_then(|a| a.calls.first())),
+        ),
+        section(
+            "[[access.accept]]",
+            "/properties/access/properties/accept/items",
+            &["access", "accept"],
+            text(&e.access.as_ref().and_then(|a| a.accept.first())),
+        ),
         section("[side_effects]", "/properties/side_effects", &["side_effects"], text(&e.side_effects)),
         section("[batching]", "/properties/batching", &["batching"], text(&e.batching)),
         section("[throttle]", "/properties/throttle", &["throttle"], text(&e.throttle)),
@@ -154,8 +167,10 @@ fn key(out: &mut String, name: &str, property: &Json, required: bool, example: O
     };
     // Tables have a section of their own.
     match example {
-        Some(toml::Value::Table(t)) if matches!(name, "on" | "critical") => {
-            let pairs: Vec<String> = t.iter().map(|(k, v)| format!("{k} = {}", literal(v))).collect();
+        // Keys with a dot have to be quoted.
+        Some(toml::Value::Table(t)) if matches!(name, "on" | "critical" | "settings") => {
+            let quoted = |k: &str| if k.contains('.') { format!("{k:?}") } else { k.to_owned() };
+            let pairs: Vec<String> = t.iter().map(|(k, v)| format!("{} = {}", quoted(k), literal(v))).collect();
             let _ = writeln!(out, "- Example: `{name} = {{ {} }}`", pairs.join(", "));
         }
         Some(toml::Value::Table(_)) | None => {}

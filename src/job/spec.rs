@@ -46,6 +46,9 @@ pub struct JobSpec {
     /// Other paths to the same value that must agree with it for every target row before the flip.
     #[serde(default)]
     pub agree: Vec<Agree>,
+    /// Under which roles and users old and new policies are compared.
+    #[serde(default)]
+    pub access: Option<super::access::Access>,
     /// What an UPDATE of the target sets off, and what shall happen to it during batches.
     #[serde(default)]
     pub side_effects: SideEffects,

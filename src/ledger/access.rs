@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 use serde_json::Value as Json;
+use tokio_postgres::types::Type;
 use tokio_postgres::{GenericClient, Row};
 
 use super::verdict::ServerIdentity;
@@ -307,4 +308,44 @@ impl Outcome {
             self.cause
         )
     }
+}
+
+/// Something that a comparison made and has to drop.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Made {
+    /// Its kind in `backfilld.object`.
+    pub kind: &'static str,
+    /// Its name.
+    pub ident: String,
+}
+
+/// Notes what was made, in one round trip: it runs under a strong lock.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn note(client: &impl GenericClient, job: &str, made: &[Made]) -> Result<()> {
+    let kinds: Vec<&str> = made.iter().map(|m| m.kind).collect();
+    let idents: Vec<&str> = made.iter().map(|m| m.ident.as_str()).collect();
+    client
+        .execute_typed(
+            "insert into backfilld.object (job, kind, ident) select $1, k, i from unnest($2::text[], $3::text[]) as x(k, i)
+             on conflict do nothing",
+            &[(&job, Type::TEXT), (&kinds, Type::TEXT_ARRAY), (&idents, Type::TEXT_ARRAY)],
+        )
+        .await?;
+    Ok(())
+}
+
+/// What is noted, as kind and name.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn made(client: &impl GenericClient, job: &str, kinds: &[&str]) -> Result<Vec<(String, String)>> {
+    let rows = client
+        .query(
+            "select kind, ident from backfilld.object where job = $1 and kind = any ($2) order by 1, 2",
+            &[&job, &kinds],
+        )
+        .await?;
+    Ok(rows.iter().map(|r| (r.get(0), r.get(1))).collect())
 }

@@ -1,5 +1,7 @@
 //! JobSpec + catalog facts -> every statement that will run, with its lock level and its reason. Immutable.
 
+pub mod access_sets;
+pub mod access_sql;
 pub mod batch_sql;
 pub mod contract;
 pub mod facts;

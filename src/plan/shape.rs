@@ -269,6 +269,12 @@ impl Shape {
         self.key.iter().map(equal).collect::<Vec<_>>().join(" and ")
     }
 
+    /// `x."a"::text`, several joined by a unit separator: the key as one text, for hashing.
+    pub fn key_as_one_text(&self, row: &str) -> String {
+        let parts: Vec<String> = self.key.iter().map(|k| format!("{row}.{}::text", k.name.sql())).collect();
+        parts.join(" || chr(31) || ")
+    }
+
     /// Whether the key of `t` is beyond (`>`) or up to (`<=`) the key in the parameters from number `first` on, in the
     /// order of ORDER BY. Parameters are text, cast to the key's types: `$1::text::uuid`.
     pub fn key_is(&self, comparison: &str, first: usize) -> String {

@@ -220,6 +220,7 @@ pub const CATALOGUE: &[(&str, &str)] = &[
     ("column_lists", "functions name the columns of the target"),
     ("unindexed_keys", "every foreign key of the target has an index"),
     ("app_bypass", "the application is subject to the policies"),
+    ("access", "old and new access can be compared"),
     ("column_grants", "no column grants that the new column would break"),
     ("rls_visibility", "policies hide no row from this login"),
     ("rls_sync_functions", "policies hide no row from the sync triggers"),

@@ -7,6 +7,7 @@ mod calls;
 mod capacity;
 mod check;
 mod column;
+mod comparison;
 mod data;
 mod dependents;
 mod estimate;
@@ -129,6 +130,7 @@ async fn job_checks(
     checks.extend(bodies::checks(p, facts).await?);
     checks.extend(dependents::checks(p, facts).await?);
     checks.extend(access::checks(p, facts).await?);
+    checks.push(p.settle("access", comparison::access(p).await)?);
     checks.extend(privileges::checks(p, facts).await?);
     checks.extend(names::checks(p, facts).await?);
     checks.extend(triggers::checks(p, facts).await?);

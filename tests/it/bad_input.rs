@@ -116,6 +116,7 @@ async fn hostile_names_are_quoted_from_the_beginning_to_the_end() {
     let long = "x".repeat(63);
     let before = schema_dump(&db, &[]);
     let job = JobDir::shipped();
+    job.without_access();
     job.edit("job.toml", |text| {
         let quoted = format!("'''{column}'''");
         text.replace("name = \"auth_user_id\"", &format!("name = {quoted}"))

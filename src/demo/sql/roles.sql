@@ -39,7 +39,10 @@ alter role authenticator set statement_timeout = '8s';
 alter role authenticator set lock_timeout = '8s';
 
 -- Owner's rights for DDL; the API roles for comparing what each of them sees.
-grant app_owner, anon, authenticated, service_role to backfilld;
+grant app_owner to backfilld;
+grant anon, authenticated, service_role to backfilld with admin option;
+-- Makes the roles on which new policies are tried before the flip.
+alter role backfilld createrole;
 -- Reading other sessions' state, and ending a predecessor's sessions.
 grant pg_monitor, pg_signal_backend to backfilld;
 

@@ -1,0 +1,173 @@
+//! All users at once: the policies as sets. They say who may differ; what the server enforces says who does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+
+use super::rules::{Kind, Rules};
+use super::users::{self, People};
+use crate::context::Context;
+use crate::error::{Error, Result, Retry};
+use crate::job::access::Access;
+use crate::plan::access_sets::{self, Way};
+use crate::plan::access_sql;
+
+/// Planner cost beyond which a comparison by sets is no longer cheap. A unit is a few microseconds: some minutes.
+const MOST_COST: f64 = 3e7;
+/// Users per statement at first, where it goes by users.
+const FIRST_USERS: usize = 50;
+/// How long such a statement should take, in milliseconds: short snapshots.
+const TARGET_MS: u128 = 1000;
+
+/// What users see: number of rows and hash of their keys.
+type Seen = BTreeMap<String, (i64, i64)>;
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub struct Sets {
+    /// Users compared.
+    pub users: i64,
+    /// Pairs of user and row under the old policies.
+    pub rows: i64,
+    /// How long it took.
+    pub duration_ms: i64,
+    /// Users who see other rows.
+    pub differing: BTreeSet<String>,
+    /// Why it was not made.
+    pub not_made: Option<String>,
+}
+
+/// Compares for each role that acts for users, and each command that goes by rows that are there.
+///
+/// # Errors
+/// Database errors, interrupted.
+pub async fn compare(ctx: &Context, client: &Client, access: &Access, rules: &Rules, people: &People) -> Result<Sets> {
+    let began = Instant::now();
+    let mut out = Sets { users: people.all.len() as i64, ..Sets::default() };
+    let Some(user) = &access.user else {
+        out.not_made = Some("access.user does not say by which expression policies know the user".into());
+        return Ok(out);
+    };
+    let mut cases: BTreeSet<(String, String)> = BTreeSet::new();
+    for role in rules.roles.iter().filter(|r| r.kind == Kind::User && !r.bypasses) {
+        for (code, _) in access_sql::COMMANDS.iter().filter(|c| c.0 != "a") {
+            let old = access_sql::condition(&rules.of(&rules.before, role), code, false);
+            let new = access_sql::condition(&rules.of(&rules.after, role), code, false);
+            if old != new {
+                cases.insert((old, new));
+            }
+        }
+    }
+    for (n, (old, new)) in cases.iter().enumerate() {
+        let mut sides = Vec::new();
+        for (which, condition) in [("old", old), ("new", new)] {
+            let bound = match access_sets::bind_user(condition, user) {
+                Ok(bound) => bound,
+                Err(why) => {
+                    out.not_made = Some(format!("the {which} policies cannot be compared by sets: {why}"));
+                    return Ok(out);
+                }
+            };
+            match one(ctx, client, access, &bound, people).await? {
+                Ok(seen) => sides.push(seen),
+                Err(why) => {
+                    out.not_made = Some(format!("the {which} policies cannot be compared by sets: {why}"));
+                    return Ok(out);
+                }
+            }
+        }
+        let (old, new) = (&sides[0], &sides[1]);
+        if n == 0 {
+            out.rows = old.values().map(|s| s.0).sum();
+        }
+        out.differing.extend(old.keys().chain(new.keys()).filter(|u| old.get(*u) != new.get(*u)).cloned());
+    }
+    out.duration_ms = began.elapsed().as_millis() as i64;
+    Ok(out)
+}
+
+/// What all users see under one condition; or why that is too expensive to ask.
+async fn one(
+    ctx: &Context,
+    client: &Client,
+    access: &Access,
+    condition: &str,
+    people: &People,
+) -> Result<Result<Seen, String>> {
+    let shape = &ctx.facts.shape;
+    let all = access_sets::pages(&shape.target, 0, None);
+    let mut ways = Vec::new();
+    for way in [Way::Rows, Way::Users] {
+        match cost(client, &access_sets::seen(shape, condition, way, &all), &people.all).await {
+            Ok(cost) => ways.push((cost, way)),
+            Err(e) if e.sqlstate().is_some() && e.retry() == Retry::Never => return Ok(Err(e.line())),
+            Err(e) => return Err(e),
+        }
+    }
+    ways.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (cost, way) = ways[0];
+    if cost > MOST_COST {
+        return Ok(Err(format!(
+            "the planner expects a cost of {cost:.0}; an index on what they join by may be missing"
+        )));
+    }
+    let seen = match way {
+        Way::Rows => by_rows(ctx, client, condition, people).await,
+        Way::Users => by_users(ctx, client, condition, people).await,
+    };
+    match seen {
+        Ok(seen) => Ok(Ok(seen)),
+        // statement_timeout: the planner was wrong. Anything else the server says about the operator's expression is a reason, too.
+        Err(e) if e.sqlstate() == Some("57014") => {
+            ctx.check()?;
+            let limit = humantime::format_duration(access.statement_timeout);
+            Ok(Err(format!("a statement took longer than access.statement_timeout = {limit}")))
+        }
+        Err(e) if e.sqlstate().is_some() && e.retry() == Retry::Never => Ok(Err(e.line())),
+        Err(e) => Err(e),
+    }
+}
+
+async fn cost(client: &Client, sql: &str, users: &[String]) -> Result<f64> {
+    let row = client.query_typed_one(&format!("explain (format json) {sql}"), &[(&users, Type::TEXT_ARRAY)]).await?;
+    let plan: serde_json::Value = row.get(0);
+    plan[0]["Plan"]["Total Cost"].as_f64().ok_or_else(|| Error::internal("a plan without cost"))
+}
+
+async fn by_rows(ctx: &Context, client: &Client, condition: &str, people: &People) -> Result<Seen> {
+    let shape = &ctx.facts.shape;
+    let mut out = Seen::new();
+    users::for_each_range(ctx, client, async |low, high| {
+        ctx.check()?;
+        let sql = access_sets::seen(shape, condition, Way::Rows, &access_sets::pages(&shape.target, low, high));
+        for r in client.query_typed(&sql, &[(&people.all, Type::TEXT_ARRAY)]).await? {
+            let entry = out.entry(r.get(0)).or_default();
+            *entry = (entry.0 + r.get::<_, i64>(1), entry.1 ^ r.get::<_, i64>(2));
+        }
+        Ok(true)
+    })
+    .await?;
+    Ok(out)
+}
+
+async fn by_users(ctx: &Context, client: &Client, condition: &str, people: &People) -> Result<Seen> {
+    let sql = access_sets::seen(&ctx.facts.shape, condition, Way::Users, "true");
+    let mut out = Seen::new();
+    let (mut at, mut size) = (0, FIRST_USERS);
+    while at < people.all.len() {
+        ctx.check()?;
+        let part = &people.all[at..people.all.len().min(at + size)];
+        let began = Instant::now();
+        for r in client.query_typed(&sql, &[(&part, Type::TEXT_ARRAY)]).await? {
+            out.insert(r.get(0), (r.get(1), r.get(2)));
+        }
+        at += part.len();
+        let took = began.elapsed().as_millis().max(1);
+        let fits = (part.len() as u128 * TARGET_MS / took) as usize;
+        size = fits.clamp(1, size * 4);
+        ctx.progress.update(|p| p.note = format!("comparing access, {at} of {} users by sets", people.all.len()));
+    }
+    Ok(out)
+}
