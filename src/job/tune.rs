@@ -73,7 +73,8 @@ pub const KEYS: &[Key] = &[
 
 /// Keys of the job file beside [`KEYS`] that are not tuned: they matter before the first batch only, or are SQL.
 #[cfg(test)]
-const NOT_TUNED: &[&str] = &["batching.strategy", "batching.initial_rows", "throttle.queries", "throttle.http"];
+const NOT_TUNED: &[&str] =
+    &["batching.strategy", "batching.initial_rows", "batching.wal_compression", "throttle.queries", "throttle.http"];
 
 /// The key of this name, with or without its section.
 ///
