@@ -36,13 +36,15 @@ def panel(kind, title, description, unit, queries, width=8, height=8, **more):
 
 PHASES = "backfilld_job_phase{$S} == 1"
 panel("stat", "Phase", "Where the job is. Failed and paused wait for an operator.", "none",
-      [(f"max by (job, phase) ({PHASES})", "{{job}}: {{phase}}")], 6, 5, textMode="name")
+      [(f"max by (job, phase) ({PHASES})", "{{job}}: {{phase}}")], 5, 5, textMode="name")
+panel("stat", "Status", "Whether it moves: running and done are fine, failed needs somebody, held and paused wait for a command.", "none",
+      [("max by (job, status) (backfilld_job_status{$S}) == 1", "{{job}}: {{status}}")], 4, 5, textMode="name")
 panel("gauge", "Progress", "Done part of the present phase.", "percentunit",
-      [("max by (job) (backfilld_progress_ratio{$S})", "{{job}}")], 6, 5, defaults={"min": 0, "max": 1})
+      [("max by (job) (backfilld_progress_ratio{$S})", "{{job}}")], 5, 5, defaults={"min": 0, "max": 1})
 panel("stat", "Time left", "Estimated time to the end of the present phase; nothing while unknown.", "s",
-      [("clamp_min((max by (job) (backfilld_eta_timestamp_seconds{$S}) > 0) - time(), 0)", "{{job}}")], 6, 5)
+      [("clamp_min((max by (job) (backfilld_eta_timestamp_seconds{$S}) > 0) - time(), 0)", "{{job}}")], 5, 5)
 panel("stat", "Waiting for", "The signals that hold batches back now; nothing: none does.", "none",
-      [("max by (job, signal) (backfilld_throttled{$S}) == 1", "{{job}}: {{signal}}")], 6, 5, textMode="name")
+      [("max by (job, signal) (backfilld_throttled{$S}) == 1", "{{job}}: {{signal}}")], 5, 5, textMode="name")
 
 row("Throughput")
 panel("timeseries", "Rows filled per second", "Rows that committed batches filled.", "rowsps",
@@ -59,12 +61,32 @@ panel("timeseries", "Rows in quarantine", "Rows that cannot be updated; they blo
 panel("timeseries", "Rows left alone per second", "Filled already, by a trigger or an earlier run.", "rowsps",
       [("sum by (job) (rate(backfilld_rows_skipped_total{$S}[$__rate_interval]))", "{{job}}")])
 
+panel("timeseries", "HOT share", "Part of the filled rows that needed no new entry in any index; only walks in heap order count it.", "percentunit",
+      [("sum by (job) (rate(backfilld_rows_hot_total{$S}[$__rate_interval])) / "
+        "(sum by (job) (rate(backfilld_rows_updated_total{$S}[$__rate_interval])) > 0)", "{{job}}")],
+      defaults={"min": 0, "max": 1})
+
 row("Throttle")
 panel("timeseries", "Share of its limit", "1 is where a signal holds batches back (for floors: the other way round).", "percentunit",
       [("max by (job, signal) (backfilld_throttle_signal_value{$S} / (backfilld_throttle_signal_threshold{$S} > 0))",
         "{{job}} {{signal}}")], 12)
 panel("timeseries", "Time held back", "Share of time in which a signal held batches back.", "percentunit",
       [("sum by (job, signal) (rate(backfilld_throttled_seconds_total{$S}[$__rate_interval]))", "{{job}} {{signal}}")], 12)
+
+row("Database")
+panel("timeseries", "Replica lag", "Replay lag of the worst replica in time; 0 where there is none.", "s",
+      [("max by (job) (backfilld_replica_lag_seconds{$S})", "{{job}}")])
+panel("timeseries", "WAL not replayed, WAL retained", "What the worst replica has not replayed, and what the worst slot keeps.", "bytes",
+      [("max by (job) (backfilld_replica_lag_bytes{$S})", "{{job}} replica"),
+       ("max by (job) (backfilld_slot_retained_bytes{$S})", "{{job}} slot")])
+panel("timeseries", "WAL written", "By the whole server; shown where throttle.wal_mb_per_second is set.", "Bps",
+      [("max by (job) (backfilld_wal_bytes_per_second{$S})", "{{job}}")])
+panel("timeseries", "Dead rows", "Dead part of the target's rows; shown where throttle.dead_rows_percent is set.", "percentunit",
+      [("max by (job) (backfilld_target_dead_rows_ratio{$S})", "{{job}}")])
+panel("timeseries", "Signals not readable", "Measurements that failed; batches wait meanwhile.", "none",
+      [("sum by (job) (increase(backfilld_probe_errors_total{$S}[$__rate_interval]))", "{{job}}")])
+panel("timeseries", "Database answers within", "Time that the server takes for the daemon's own measurements.", "s",
+      [('max by (job) (backfilld_throttle_signal_value{$S,signal="probe_latency"})', "{{job}}")])
 
 row("DDL")
 panel("timeseries", "Attempts", "Statements that take strong locks, by outcome.", "none",
@@ -73,6 +95,9 @@ panel("timeseries", "Lock held, longest", "Upper bound of the bucket with the lo
       [("histogram_quantile(1, sum by (job, mode, le) (backfilld_ddl_lock_hold_seconds_bucket{$S}))", "{{job}} {{mode}}")])
 panel("timeseries", "Lock waited for, longest", "Upper bound of the bucket with the longest wait.", "s",
       [("histogram_quantile(1, sum by (job, le) (backfilld_ddl_lock_wait_seconds_bucket{$S}))", "{{job}}")])
+
+panel("timeseries", "Invalid indexes", "Left behind by a build that failed; the next attempt removes them.", "none",
+      [("max by (job) (backfilld_invalid_indexes{$S})", "{{job}}")])
 
 row("Proof and lease")
 panel("timeseries", "Rows found wrong", "By kind, as the last verification found them.", "none",
@@ -86,6 +111,12 @@ panel("timeseries", "Connections", "The daemon's pool.", "none",
       [('sum by (state) (backfilld_pool_connections{instance=~"$instance"})', "{{state}}")])
 panel("timeseries", "Errors", "Failures that are not tried again, by SQLSTATE.", "none",
       [("sum by (job, sqlstate) (backfilld_errors_total{$S})", "{{job}} {{sqlstate}}")])
+panel("timeseries", "Memory of the daemon", "Resident memory.", "bytes",
+      [('process_resident_memory_bytes{instance=~"$instance"} * on (instance) group_left () max by (instance) (backfilld_build_info)', "{{instance}}")])
+panel("timeseries", "CPU of the daemon", "Cores in use.", "none",
+      [('rate(process_cpu_seconds_total{instance=~"$instance"}[$__rate_interval]) * on (instance) group_left () max by (instance) (backfilld_build_info)', "{{instance}}")])
+panel("stat", "Daemon", "Which daemon has which job.", "none",
+      [("max by (job, daemon) (backfilld_job_info{$S})", "{{job}}: {{daemon}}")], textMode="name")
 panel("stat", "Version", "The daemons' versions.", "none",
       [('max by (version) (backfilld_build_info{instance=~"$instance"})', "{{version}}")], textMode="name")
 

@@ -157,7 +157,7 @@ async fn every_query_of_the_dashboard_gets_an_answer_from_a_real_prometheus() {
     // It waits first, works slowly then, and stands before the flip in the end: every panel has something to show.
     job.replace("[target]", "hold_before = [\"flip\"]\n[target]");
     job.replace("target_duration = \"2s\"", "target_duration = \"2s\"\npause = \"150ms\"");
-    job.append("[throttle]\nevery = \"100ms\"\n[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"");
+    job.append("[throttle]\nevery = \"100ms\"\nwal_mb_per_second = 100000\ndead_rows_percent = 99\n[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"");
     let ledger = Ledger::new(&db).await;
     ledger.run("create function public.gate() returns boolean language sql as 'select false'").await;
     let port = free_port();
