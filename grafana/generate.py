@@ -61,6 +61,8 @@ panel("timeseries", "Rows in quarantine", "Rows that cannot be updated; they blo
 panel("timeseries", "Rows left alone per second", "Filled already, by a trigger or an earlier run.", "rowsps",
       [("sum by (job) (rate(backfilld_rows_skipped_total{$S}[$__rate_interval]))", "{{job}}")])
 
+panel("timeseries", "Pace", "Share of time that each lane works; with pace = \"auto\" it follows what batches cost others.", "percentunit",
+      [("max by (job) (backfilld_pace_ratio{$S})", "{{job}}")], defaults={"min": 0, "max": 1})
 panel("timeseries", "HOT share", "Part of the filled rows that needed no new entry in any index; only walks in heap order count it.", "percentunit",
       [("sum by (job) (rate(backfilld_rows_hot_total{$S}[$__rate_interval])) / "
         "(sum by (job) (rate(backfilld_rows_updated_total{$S}[$__rate_interval])) > 0)", "{{job}}")],
@@ -119,6 +121,15 @@ panel("stat", "Daemon", "Which daemon has which job.", "none",
       [("max by (job, daemon) (backfilld_job_info{$S})", "{{job}}: {{daemon}}")], textMode="name")
 panel("stat", "Version", "The daemons' versions.", "none",
       [('max by (version) (backfilld_build_info{instance=~"$instance"})', "{{version}}")], textMode="name")
+
+row("Watch after the flip")
+panel("timeseries", "Watch findings", "What is wrong now, by kind; everything at 0 is as it should be.", "none",
+      [("max by (job, kind) (backfilld_watch_findings{$S})", "{{job}} {{kind}}")])
+panel("stat", "Watch: policy drift", "Policies, functions and row level security flags that are not what the flip made.", "none",
+      [("max by (job) (backfilld_policy_drift{$S})", "{{job}}")],
+      defaults={"thresholds": {"mode": "absolute", "steps": [{"color": "green", "value": None}, {"color": "red", "value": 1}]}})
+panel("stat", "Watch: last look", "How long ago the watch looked at everything.", "s",
+      [("time() - max by (job) (backfilld_watch_checked_timestamp_seconds{$S})", "{{job}}")])
 
 
 def variable(name, label, query):

@@ -21,6 +21,7 @@ mod killed;
 mod lease;
 mod life;
 mod lint;
+mod logs;
 mod page;
 mod pooler;
 mod preflight;

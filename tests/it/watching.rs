@@ -151,13 +151,29 @@ impl Prometheus {
     }
 }
 
+/// Waits until each query had data at least once.
+async fn answered(prometheus: &Prometheus, mut open: Vec<(String, String)>) {
+    assert!(!open.is_empty());
+    let began = std::time::Instant::now();
+    while !open.is_empty() && began.elapsed() < std::time::Duration::from_secs(60) {
+        let mut left = Vec::new();
+        for query in open {
+            if !prometheus.has_data(&query.1).await {
+                left.push(query);
+            }
+        }
+        open = left;
+    }
+    assert!(open.is_empty(), "no answer to {open:#?}");
+}
+
 #[tokio::test]
 async fn every_query_of_the_dashboard_gets_an_answer_from_a_real_prometheus() {
     let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(3000)).await);
-    // It waits first, works slowly then, and stands before the flip in the end: every panel has something to show.
+    // It waits first, works slowly then, stands before the flip, and watches in the end: every panel has something to show.
     job.replace("[target]", "hold_before = [\"flip\"]\n[target]");
     job.replace("target_duration = \"2s\"", "target_duration = \"2s\"\npause = \"150ms\"");
-    job.append("[throttle]\nevery = \"100ms\"\nwal_mb_per_second = 100000\ndead_rows_percent = 99\n[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"");
+    job.append("[throttle]\nevery = \"100ms\"\nwal_mb_per_second = 100000\ndead_rows_percent = 100000\n[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"\n[watch]\nfor = \"1h\"\nevery = \"500ms\"");
     let ledger = Ledger::new(&db).await;
     ledger.run("create function public.gate() returns boolean language sql as 'select false'").await;
     let port = free_port();
@@ -171,20 +187,17 @@ async fn every_query_of_the_dashboard_gets_an_answer_from_a_real_prometheus() {
             (title, expr)
         })
         .collect();
-    let (first, mut open): (Vec<_>, Vec<_>) = expressions.into_iter().partition(|(title, _)| title == "Waiting for");
+    let (first, others): (Vec<_>, Vec<_>) = expressions.into_iter().partition(|(title, _)| title == "Waiting for");
+    let (last, open): (Vec<_>, Vec<_>) = others.into_iter().partition(|(title, _)| title.starts_with("Watch"));
     wait_until("a signal that waits is shown", async || prometheus.has_data(&first[0].1).await).await;
     ledger.run("create or replace function public.gate() returns boolean language sql as 'select true'").await;
-    let began = std::time::Instant::now();
-    while !open.is_empty() && began.elapsed() < std::time::Duration::from_secs(60) {
-        let mut left = Vec::new();
-        for query in open {
-            if !prometheus.has_data(&query.1).await {
-                left.push(query);
-            }
-        }
-        open = left;
-    }
-    assert!(open.is_empty(), "no answer to {open:#?}");
+    answered(&prometheus, open).await;
+    wait_until("it stands before the flip", async || ledger.status().await == "held").await;
+    Cli::new(&db).run(&["cutover", JOB]).await.expect(0, "");
+    answered(&prometheus, last).await;
+    let series = prometheus.get(&format!("/api/v1/series?match[]={{job=\"{JOB}\"}}")).await.expect("it answers");
+    let series = series.as_array().expect("a list").len();
+    assert!((50..300).contains(&series), "{series} series of one job");
     let rules = prometheus.get("/api/v1/rules").await.expect("it answers");
     let groups = rules["groups"].as_array().expect("groups");
     let rules: Vec<&Value> = groups.iter().flat_map(|g| g["rules"].as_array().expect("rules")).collect();
