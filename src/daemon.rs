@@ -6,6 +6,7 @@
 mod heartbeat;
 mod phases;
 mod recall;
+mod sampler;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -268,6 +269,7 @@ impl Daemon {
             progress: self.progress.clone(),
         };
         let heartbeat = tokio::spawn(heartbeat::run(ctx.clone(), session, since));
+        let sampler = sampler::Sampler::start(ctx.clone());
         let tuning = tokio::spawn(live::watch(ctx.clone()));
         let hooks = Hooks::start(&ctx, self.webhook.clone()).await;
         let result = match (&hooks, live::refresh(&ctx).await) {
@@ -276,6 +278,7 @@ impl Daemon {
             (_, Err(e)) => Err(e),
         };
         tuning.abort();
+        sampler.stop().await;
         if let Err(e) = &result
             && e.kind() == Kind::LeaseLost
         {

@@ -25,6 +25,7 @@ pub mod phase;
 pub mod plan;
 pub mod preflight;
 pub mod progress;
+pub mod report;
 pub mod rollback;
 pub mod settings;
 pub mod telemetry;

@@ -1,13 +1,14 @@
 //! `backfilld demo`: the reference migration on a throwaway server, under live traffic.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use secrecy::SecretString;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::Global;
+use super::report::Format;
 use super::run::{serve_http, show};
 use crate::daemon::Daemon;
 use crate::demo::summary::{DriveReport, PhaseDuration};
@@ -42,6 +43,9 @@ pub struct DemoArgs {
     /// Requests of the application per second
     #[arg(long, default_value_t = Options::default().requests_per_second)]
     requests: u32,
+    /// Where to write the report of the job; by default backfilld-demo-report.html in the directory for temporary files
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 /// The shipped job, as it stands in deploy/jobs: the demo runs what an operator would run.
@@ -64,7 +68,8 @@ pub async fn run(global: &Global, args: DemoArgs) -> Result<()> {
         requests_per_second: args.requests,
         ..Options::default()
     };
-    let (summary, cluster) = demo::run(&options, async |world| drive(&base, &spec, world).await).await?;
+    let path = args.report.unwrap_or_else(|| std::env::temp_dir().join("backfilld-demo-report.html"));
+    let (summary, cluster) = demo::run(&options, async |world| drive(&base, &spec, world, &path).await).await?;
     let text = if args.json { summary.to_json()? } else { summary.to_string() };
     super::print(text.trim_end())?;
     if args.keep {
@@ -103,7 +108,7 @@ fn settings(base: &Settings, url: &str) -> Settings {
     settings
 }
 
-async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld) -> Result<DriveReport> {
+async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld, path: &Path) -> Result<DriveReport> {
     let settings = settings(base, &world.daemon_url());
     let daemon = Daemon::new(settings.clone(), spec.clone(), true)?;
     let (pulse, stop) = (Pulse::new(), CancellationToken::new());
@@ -129,7 +134,10 @@ async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld) -> Result<Dri
     }
     result?;
     let session = super::connect(&settings, "demo").await?;
-    report(&session.client, spec).await
+    let mut done = report(&session.client, spec).await?;
+    super::report::save(path, &super::report::write(&session.client, &spec.name, Format::Html).await?)?;
+    done.report = Some(path.to_owned());
+    Ok(done)
 }
 
 /// What the ledger says about the run, and the proof once more, now that everything is in place.
@@ -163,6 +171,7 @@ async fn report(client: &Client, spec: &JobSpec) -> Result<DriveReport> {
         longest_access_exclusive_ms: longest,
         nulls: count("nulls") + count("unfilled"),
         drift: count("drift"),
+        report: None,
         phases,
     })
 }

@@ -10,6 +10,7 @@ mod plan;
 mod quarantine;
 #[cfg(test)]
 mod reference;
+mod report;
 mod rollback;
 mod run;
 mod service_manager;
@@ -97,6 +98,8 @@ enum Command {
     /// Rows that could not be updated: list them, try them again, or let them stay
     #[command(subcommand)]
     Quarantine(quarantine::QuarantineCommand),
+    /// Write what a job did, with charts, proofs and plans, as one file
+    Report(report::ReportArgs),
     /// Undo a job: policies, functions, constraints, index, triggers
     Rollback(rollback::RollbackArgs),
     /// Forget a job that is rolled back or done
@@ -152,6 +155,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Grants(args) => tune::grants(&args),
         Command::Verify(args) => verify::run(global, args).await,
         Command::Quarantine(command) => quarantine::run(global, command).await,
+        Command::Report(args) => report::run(global, args).await,
         Command::Rollback(args) => rollback::run(global, args).await,
         Command::Uninstall(args) => uninstall::run(global, args).await,
         Command::Export(args) => export::run(global, args).await,

@@ -44,7 +44,7 @@ pub async fn run(global: &Global, args: UninstallArgs) -> Result<()> {
     if others == 0 {
         // By name, not CASCADE: if somebody put something of theirs into our schema, this fails and nothing is lost.
         tx.batch_execute(
-            "drop table backfilld.access_result, backfilld.access_run, backfilld.event, backfilld.object,
+            "drop table backfilld.pulse, backfilld.query_plan, backfilld.sample, backfilld.access_result, backfilld.access_run, backfilld.event, backfilld.object,
                backfilld.snapshot, backfilld.flipped, backfilld.verdict, backfilld.quarantine, backfilld.verification,
                backfilld.finding, backfilld.watch,
                backfilld.checkpoint, backfilld.lease, backfilld.tuning, backfilld.job, backfilld.schema_version;

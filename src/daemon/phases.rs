@@ -10,9 +10,11 @@ use crate::cutover::{constrain, flip};
 use crate::error::{Error, Kind, Result, Retry};
 use crate::job::spec::HoldPoint;
 use crate::ledger::job::{self as jobs, JobRow};
+use crate::ledger::plans::Stage;
 use crate::ledger::verdict::Verdict;
 use crate::ledger::{checkpoint, event, lease};
 use crate::phase::{Phase, Status};
+use crate::report::explain;
 use crate::{access, backfill, expand, fault, metrics, rollback, verify, watch};
 
 /// Sweeps over the table before rows that are still unfilled need a human. The second catches what slipped through the
@@ -134,7 +136,10 @@ impl Phases<'_> {
             Phase::Verify => self.verify().await,
             Phase::Constrain => constrain::run(ctx).await,
             Phase::Flip => flip::run(ctx).await,
-            Phase::Watch => watch::run(ctx).await,
+            Phase::Watch => {
+                explain::capture(ctx, Stage::After).await?;
+                watch::run(ctx).await
+            }
             Phase::Done => Ok(Outcome::Complete),
         }
     }
@@ -148,6 +153,8 @@ impl Phases<'_> {
         }
         if verdict.passed {
             access::compare(ctx, access::Stage::Before).await?;
+            // The last phase in which neither policies nor indexes are new.
+            explain::capture(ctx, Stage::Before).await?;
             return Ok(Outcome::Complete);
         }
         let count = |kind: &str| verdict.counts.get(kind).copied().unwrap_or(0);

@@ -23,6 +23,8 @@ pub struct DriveReport {
     pub nulls: u64,
     /// Rows with another value than their source, by the daemon's own verification.
     pub drift: u64,
+    /// Where the report of the job was written.
+    pub report: Option<std::path::PathBuf>,
 }
 
 /// How long one phase took.
@@ -188,6 +190,9 @@ impl fmt::Display for Summary {
         self.write_drive(f)?;
         self.write_traffic(f)?;
         self.write_lists(f)?;
+        if let Some(path) = &self.drive.report {
+            writeln!(f, "\nReport: {}", path.display())?;
+        }
         let problems = self.problems();
         if problems.is_empty() {
             return write!(f, "\nEverything is as it must be.");

@@ -120,7 +120,7 @@ impl JobSpec {
         let mut fixed = serde_json::to_value(self).unwrap_or_default();
         if let Some(keys) = fixed.as_object_mut() {
             // By name, not set to their defaults: a default that a later version changes or adds must not matter either.
-            for key in ["throttle", "verification", "access", "watch", "hold_before", "description"] {
+            for key in ["throttle", "verification", "access", "watch", "report", "hold_before", "description"] {
                 keys.remove(key);
             }
             if let Some(batching) = keys.get_mut("batching").and_then(|b| b.as_object_mut()) {

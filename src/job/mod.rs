@@ -5,6 +5,7 @@ pub mod lex;
 pub mod load;
 #[cfg(test)]
 mod reference;
+pub mod report;
 pub mod spec;
 pub mod throttle;
 pub mod tune;

@@ -44,8 +44,8 @@ fn reference_markdown() -> Result<String> {
          deploy/jobs/messages_auth_user_id is one that uses most of what there is. Unknown keys, wrong types and\n\
          missing files are errors that name the key. `docs/job.schema.json` (also `backfilld config job-schema`) is the\n\
          JSON Schema, for editors that complete and check TOML. Keys that change what a job does cannot change once\n\
-         it has started; `description`, `access`, `batching`, `verification`, `watch` and `hold_before` can, with the next\n\
-         start of the daemon.\n\n\
+         it has started; `description`, `access`, `batching`, `verification`, `watch`, `report` and `hold_before` can, with\n\
+         the next start of the daemon.\n\n\
          Names of tables are written as in SQL: `public.messages`, `public.\"Messages\"`. All other names (columns,\n\
          indexes, constraints, policies, roles) are written exactly as they are, without quotes.\n\n\
          Expressions see the target as `t` and each source by its alias. They are evaluated with `search_path =\n\
@@ -126,6 +126,13 @@ fn sections(e: &JobSpec) -> Vec<Section> {
         ),
         section("[verification]", "/properties/verification", &["verification"], text(&e.verification)),
         section("[watch]", "/properties/watch", &["watch"], text(&e.watch)),
+        section("[report]", "/properties/report", &["report"], text(&e.report)),
+        section(
+            "[[report.queries]]",
+            "/properties/report/properties/queries/items",
+            &["report", "queries"],
+            text(&e.report.queries.first()),
+        ),
     ]
 }
 
@@ -167,9 +174,9 @@ fn key(out: &mut String, name: &str, property: &Json, required: bool, example: O
     };
     // Tables have a section of their own.
     match example {
-        // Keys with a dot have to be quoted.
-        Some(toml::Value::Table(t)) if matches!(name, "on" | "critical" | "settings") => {
-            let quoted = |k: &str| if k.contains('.') { format!("{k:?}") } else { k.to_owned() };
+        Some(toml::Value::Table(t)) if shape["additionalProperties"]["type"] == "string" || name == "critical" => {
+            let bare = |k: &str| k.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+            let quoted = |k: &str| if bare(k) { k.to_owned() } else { format!("\"{k}\"") };
             let pairs: Vec<String> = t.iter().map(|(k, v)| format!("{} = {}", quoted(k), literal(v))).collect();
             let _ = writeln!(out, "- Example: `{name} = {{ {} }}`", pairs.join(", "));
         }

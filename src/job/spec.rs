@@ -64,6 +64,9 @@ pub struct JobSpec {
     /// Watching after the flip. Without this section the job is done at once.
     #[serde(default)]
     pub watch: Option<Watch>,
+    /// What the report measures of the application.
+    #[serde(default)]
+    pub report: super::report::Report,
     /// Phases before which the job stops until `backfilld cutover` says go.
     #[serde(default)]
     pub hold_before: Vec<HoldPoint>,

@@ -33,6 +33,7 @@ pub fn validate(spec: &JobSpec) -> Vec<String> {
     batching(&spec.batching, &mut out);
     out.extend(super::throttle::problems(&spec.throttle));
     out.extend(super::access::problems(spec));
+    out.extend(super::report::problems(&spec.report));
     let pages = spec.verification.chunk_pages;
     if !(128..=1_000_000).contains(&pages) {
         out.push(format!("verification.chunk_pages: expected 128 to 1000000, found {pages}"));

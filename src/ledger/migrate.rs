@@ -17,6 +17,7 @@ pub const MIGRATIONS: &[(i32, &str, &str)] = &[
     (6, "0006_control.sql", include_str!("../../migrations/0006_control.sql")),
     (7, "0007_pulse.sql", include_str!("../../migrations/0007_pulse.sql")),
     (8, "0008_proof.sql", include_str!("../../migrations/0008_proof.sql")),
+    (9, "0009_report.sql", include_str!("../../migrations/0009_report.sql")),
 ];
 
 /// Key of the advisory lock under which migrations run: "backfill" in ASCII.

@@ -11,6 +11,8 @@ pub mod job;
 pub mod lease;
 pub mod migrate;
 pub mod objects;
+pub mod plans;
+pub mod sample;
 pub mod tuning;
 pub mod verdict;
 pub mod verification;

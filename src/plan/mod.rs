@@ -6,6 +6,7 @@ pub mod batch_sql;
 pub mod contract;
 pub mod facts;
 pub mod heap_sql;
+pub mod owners_sql;
 pub mod repair_sql;
 pub mod shape;
 pub mod steps;

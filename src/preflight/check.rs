@@ -211,6 +211,7 @@ pub const CATALOGUE: &[(&str, &str)] = &[
     ("key_order", "the key has a dependable order"),
     ("expressions", "the job's policies and index predicates compile"),
     ("constraints", "the job's foreign keys and indexes can be made"),
+    ("report_queries", "the queries of the report can be prepared"),
     ("policies_before", "the table has exactly the policies that the job names"),
     ("functions_before", "the functions to replace are there and can be put back"),
     ("policy_lint", "the policies after the job are fast and as narrow as they look"),

@@ -20,6 +20,7 @@ mod privileges;
 mod probe;
 mod propagation;
 mod report;
+mod report_queries;
 mod scan;
 mod server;
 mod sessions;
@@ -126,6 +127,7 @@ async fn job_checks(
     checks.extend(column::checks(p, facts).await?);
     checks.extend(expressions::checks(p, facts).await?);
     checks.extend(policies::checks(p, facts).await?);
+    checks.push(p.settle("report_queries", report_queries::report_queries(p).await)?);
     checks.push(p.settle("functions_before", functions::functions_before(p).await)?);
     checks.extend(bodies::checks(p, facts).await?);
     checks.extend(dependents::checks(p, facts).await?);

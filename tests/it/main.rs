@@ -27,6 +27,7 @@ mod pooler;
 mod preflight;
 mod proof;
 mod quarantine;
+mod report;
 mod rollback;
 mod service;
 mod sync_access;
