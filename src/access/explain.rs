@@ -6,7 +6,7 @@ use tokio_postgres::types::Type;
 use super::rules::{Role, Rules};
 use super::session::{Actor, Attempts};
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::job::access::Access;
 use crate::ledger::access::Outcome;
 use crate::plan::access_sql::{self, COMMANDS, Rule};
@@ -216,4 +216,22 @@ impl Explain<'_> {
         }
         format!("a new policy for {} asks for more than the old ones", o.command)
     }
+}
+
+/// The error of a run in which access differs in `n` ways.
+pub fn failure(ctx: &Context, n: i64, different: &[&Outcome], notes: &[String]) -> Error {
+    let first = different.first().map_or_else(|| notes.join("; "), |o| o.line());
+    let many =
+        if n == 1 { "access would change in 1 way".to_owned() } else { format!("access would change in {n} ways") };
+    let mut hint = format!("backfilld verify {} --access lists every difference with its cause", ctx.job());
+    if different.iter().any(|o| o.cause.contains(INEXPRESSIBLE)) {
+        hint.push_str(
+            "; what one column cannot express, new policies have to say besides it, or the job is not for this table",
+        );
+    } else {
+        hint.push_str(
+            "; correct the data, or the job's policies in a new job; what is meant goes into [[access.accept]]",
+        );
+    }
+    Error::failed(format!("{many}; {first}")).with_hint(hint)
 }

@@ -18,11 +18,11 @@ use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use self::compare::{Compared, Comparer, Person};
-use self::explain::{Explain, INEXPRESSIBLE};
+use self::explain::{Explain, failure};
 use self::probe_role::Wanted;
 use self::rules::{Kind, Role, Rules};
 use self::sets::Sets;
-use self::users::People;
+use self::users::{People, people_of};
 use crate::context::Context;
 use crate::cutover::flip;
 use crate::error::{Error, Result, Retry};
@@ -173,23 +173,6 @@ async fn conclude(ctx: &Context, stage: Stage, run: i64, complete: bool, notes: 
         warn!(job = ctx.job(), stage = stage.as_str(), cause = outcome.cause, "access differs: {}", outcome.line());
     }
     if passed { Ok(()) } else { Err(failure(ctx, found.differences, &different, notes)) }
-}
-
-fn failure(ctx: &Context, n: i64, different: &[&Outcome], notes: &[String]) -> Error {
-    let first = different.first().map_or_else(|| notes.join("; "), |o| o.line());
-    let many =
-        if n == 1 { "access would change in 1 way".to_owned() } else { format!("access would change in {n} ways") };
-    let mut hint = format!("backfilld verify {} --access lists every difference with its cause", ctx.job());
-    if different.iter().any(|o| o.cause.contains(INEXPRESSIBLE)) {
-        hint.push_str(
-            "; what one column cannot express, new policies have to say besides it, or the job is not for this table",
-        );
-    } else {
-        hint.push_str(
-            "; correct the data, or the job's policies in a new job; what is meant goes into [[access.accept]]",
-        );
-    }
-    Error::failed(format!("{many}; {first}")).with_hint(hint)
 }
 
 /// A run under way.
@@ -505,14 +488,4 @@ impl Running<'_> {
              access.writes = false",
         ))
     }
-}
-
-/// For whom a role is tried.
-fn people_of(role: &Role, sample: &[String], stranger: Option<&String>) -> Vec<(&'static str, Option<String>)> {
-    let mut out = vec![("nobody", None)];
-    if role.kind == Kind::User {
-        out.extend(sample.iter().map(|u| ("user", Some(u.clone()))));
-        out.extend(stranger.map(|u| ("stranger", Some(u.clone()))));
-    }
-    out
 }

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Row};
 
+use super::rules::{Kind, Role};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::job::access::Access;
@@ -200,4 +201,14 @@ pub async fn stranger(ctx: &Context, client: &Client, people: &People) -> Result
         }
     }
     Ok(None)
+}
+
+/// For whom a role is tried.
+pub fn people_of(role: &Role, sample: &[String], stranger: Option<&String>) -> Vec<(&'static str, Option<String>)> {
+    let mut out = vec![("nobody", None)];
+    if role.kind == Kind::User {
+        out.extend(sample.iter().map(|u| ("user", Some(u.clone()))));
+        out.extend(stranger.map(|u| ("stranger", Some(u.clone()))));
+    }
+    out
 }

@@ -10,6 +10,7 @@ pub mod spec;
 pub mod throttle;
 pub mod tune;
 mod validate;
+pub mod verification;
 pub mod window;
 
 pub use load::load;

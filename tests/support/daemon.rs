@@ -40,8 +40,8 @@ impl JobDir {
         // The largest owners, some without rows and nobody are always among those whose access is compared: enough for tests
         // of something else.
         out.replace("[access]\n", "[access]\nsample = 1\n");
-        out.append("\n[batching]\nstrategy = \"keyset\"\ninitial_rows = 100\nmax_rows = 100\nmin_rows = 1\ntarget_duration = \"2s\"");
         out.append(CONSTANT);
+        out.append("\n[batching]\nstrategy = \"keyset\"\ninitial_rows = 100\nmax_rows = 100\nmin_rows = 1\ntarget_duration = \"2s\"");
         out
     }
 
