@@ -34,7 +34,8 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     let on_terminal = std::io::stderr().is_terminal();
     let settings = global.settings(on_terminal)?;
     let daemon = Daemon::new(settings, spec, args.once)?;
-    signals(daemon.shutdown.clone())?;
+    let job = daemon.spec.name.clone();
+    signals(job.clone(), daemon.shutdown.clone())?;
     let http_stop = CancellationToken::new();
     let pulse = Pulse::new();
     let server = serve_http(&daemon, &pulse, http_stop.clone()).await?;
@@ -53,13 +54,13 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     }
     match result {
         Ok(Status::Done) => {
-            info!("done");
+            info!(job, "done");
             Ok(())
         }
         Ok(status) => Err(Error::failed(format!("the job is {status}"))),
         // A clean stop on request is what a service manager calls success.
         Err(e) if e.kind() == Kind::Interrupted => {
-            info!("stopped on request; the job goes on at its checkpoint with the next run");
+            info!(job, "stopped on request; the job goes on at its checkpoint with the next run");
             Ok(())
         }
         Err(e) => Err(e),
@@ -93,7 +94,7 @@ async fn readiness(pool: &crate::pg::pool::Pool) -> Readiness {
 }
 
 /// SIGTERM and SIGINT finish the batch in flight; a second one ends the process at once, which the checkpoint survives.
-fn signals(shutdown: CancellationToken) -> Result<()> {
+fn signals(job: String, shutdown: CancellationToken) -> Result<()> {
     let cannot = |e| Error::internal("cannot listen for signals").with_source(e);
     let mut term = signal(SignalKind::terminate()).map_err(cannot)?;
     let mut int = signal(SignalKind::interrupt()).map_err(cannot)?;
@@ -103,7 +104,7 @@ fn signals(shutdown: CancellationToken) -> Result<()> {
             if times > 0 {
                 std::process::exit(i32::from(Kind::Interrupted.exit_code()));
             }
-            info!("stopping after the batch in flight");
+            info!(job, "stopping after the batch in flight");
             shutdown.cancel();
         }
     });

@@ -115,9 +115,12 @@ pub async fn serve(
     let address = listener.local_addr().map_err(|e| Error::internal("no local address").with_source(e))?;
     let pulse = state.pulse.clone();
     let (series, progress) = (Arc::clone(&state.series), state.progress.clone());
+    let job = state.progress.now().job;
+    let served = job.clone();
     let access = state.access.clone().at(address);
     if access.is_open() {
         tracing::warn!(
+            job,
             %address,
             "others reach this address and no http.token is set: the status page is refused; metrics and health are served"
         );
@@ -131,14 +134,14 @@ pub async fn serve(
         };
         tokio::select! {
             result = server => if let Err(e) = result {
-                tracing::error!(error = %e, "http server ended");
+                tracing::error!(job = served, error = %e, "http server ended");
             },
             () = grace_is_over => {}
             () = pulse.keep() => {}
             () = series.keep(&progress) => {}
         }
     });
-    tracing::info!(%address, "http listening");
+    tracing::info!(job, %address, "http listening");
     Ok((address, task))
 }
 

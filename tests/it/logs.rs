@@ -8,7 +8,10 @@ use crate::support::{Cli, JOB, JobDir, Template, TestDb};
 async fn every_line_of_a_run_is_a_json_object_that_names_the_job_and_phases_have_durations() {
     let (db, job) = (TestDb::new(Template::Rows(500)).await, JobDir::shipped());
     job.append("[watch]\nfor = \"1s\"\nevery = \"200ms\"");
-    let ended = Cli::new(&db).run(&["run", "--once", "--log-format", "json", job.path()]).await;
+    let ended = Cli::new(&db)
+        .env("BACKFILLD_HTTP__LISTEN", "127.0.0.1:0")
+        .run(&["run", "--once", "--log-format", "json", job.path()])
+        .await;
     ended.expect(0, "");
     let lines: Vec<Value> = ended
         .stderr
