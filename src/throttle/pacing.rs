@@ -1,10 +1,10 @@
 //! How fast batches follow each other; pure.
 //!
-//! One number, the pace, is the share of time that a lane works, and of its target duration that a batch takes: at 0.1 a
-//! batch of 10 ms and a rest of 90 ms. While nobody else works it doubles up to full speed. While somebody does, it follows
-//! what batches cost others: a small write that commits beside a batch is compared with one that commits between two. Above
-//! the budget the pace falls, well within it rises, slowly, and in between it stays. After a fall it keeps below the pace
-//! that was too much for a while, so that it does not go up and down like a saw.
+//! One number, the pace, is the share of time that a lane works; its square root is the share of its target duration that a
+//! batch takes: at 0.1 a batch of 32 ms and a rest of 285 ms. While nobody else works it is at full speed within a second or
+//! two. While somebody does, it follows what batches cost others: a small write that commits beside a batch is compared
+//! with one that commits between two. Above the budget the pace falls, well within it rises, and in between it stays. After
+//! a fall it keeps below the pace that was too much for a while, so that it does not go up and down like a saw.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -34,6 +34,10 @@ const KEPT: usize = 48;
 const SLACK: f64 = 0.000_3;
 /// A rise, as a factor per judgement.
 const RISE: f64 = 1.15;
+/// The same until it was too much for the first time: from the start to the most in half a dozen judgements.
+const FIRST_RISE: f64 = 1.4;
+/// The same while nobody else works: from the start to full speed within two ticks.
+const ALONE_RISE: f64 = 4.0;
 /// A fall.
 const FALL: f64 = 0.75;
 /// How close to a pace that was too much it may come, and for how many ticks: a minute.
@@ -73,6 +77,8 @@ pub struct Pacer {
     best: f64,
     ceiling: f64,
     ceiling_ticks: u32,
+    /// It was too much, or the server saturated, once since somebody came.
+    warned: bool,
 }
 
 impl Default for Pacer {
@@ -88,6 +94,7 @@ impl Default for Pacer {
             best: f64::INFINITY,
             ceiling: 1.0,
             ceiling_ticks: 0,
+            warned: false,
         }
     }
 }
@@ -119,8 +126,9 @@ impl Pacer {
         } else if seen.pressed {
             self.too_much(now)
         } else if !self.present {
-            now * 2.0
+            now * ALONE_RISE
         } else if came {
+            self.warned = false;
             now.min(self.calm)
         } else {
             self.judge(now, budget)
@@ -162,13 +170,16 @@ impl Pacer {
         self.beside.clear();
         if saturated {
             // Not by us alone, but less of us is less of it.
+            self.warned = true;
             return now * FALL;
         }
         let well_within = alone * (1.0 + (budget - 1.0) / 2.0) + SLACK / 2.0;
-        if beside < well_within { (now * RISE).min((self.ceiling * BELOW_CEILING).max(FLOOR)) } else { now }
+        let rise = if self.warned { RISE } else { FIRST_RISE };
+        if beside < well_within { (now * rise).min((self.ceiling * BELOW_CEILING).max(FLOOR)) } else { now }
     }
 
     fn too_much(&mut self, now: f64) -> f64 {
+        self.warned = true;
         self.ceiling = now;
         self.ceiling_ticks = CEILING_TICKS;
         now * FALL
@@ -181,9 +192,10 @@ impl Pacer {
     }
 }
 
-/// How long a batch may take at this pace, of a target for full speed.
+/// How long a batch may take at this pace, of a target for full speed. Its square root: a batch costs some milliseconds
+/// whatever its size, and as short as the pace is low most of it would be that.
 pub fn batch_target(pace: f64, target: Duration) -> Duration {
-    target.mul_f64(pace.clamp(0.0, 1.0)).max(SHORTEST.min(target))
+    target.mul_f64(pace.clamp(0.0, 1.0).sqrt()).max(SHORTEST.min(target))
 }
 
 fn keep(kept: &mut VecDeque<f64>, new: Vec<f64>) {
@@ -339,11 +351,23 @@ mod tests {
     }
 
     #[test]
-    fn batches_are_as_short_as_the_pace_is_low() {
+    fn it_rises_fast_until_it_was_too_much_once() {
+        let (mut plant, mut pacer) = (Plant::new(1, 0.003, 0.1, 0.0), Pacer::default());
+        plant.run(&mut pacer, 70);
+        assert_eq!(pacer.pace(), MOST_BESIDE_OTHERS);
+        let pressed = Seen { others: true, pressed: true, ..Seen::default() };
+        let fell = pacer.tick(pressed, 1.0, BUDGET);
+        pacer.ceiling_ticks = 0;
+        let next = plant.run(&mut pacer, 20).into_iter().find(|p| *p > fell);
+        assert!(next.is_some_and(|p| p <= fell * RISE * 1.000_001), "{fell} -> {next:?}");
+    }
+
+    #[test]
+    fn batches_get_shorter_with_the_square_root_of_the_pace() {
         let target = Duration::from_millis(100);
         assert_eq!(batch_target(1.0, target), target);
-        assert_eq!(batch_target(0.1, target), Duration::from_millis(10));
-        assert_eq!(batch_target(0.01, target), SHORTEST);
-        assert_eq!(batch_target(0.01, Duration::from_millis(2)), Duration::from_millis(2));
+        assert_eq!(batch_target(0.25, target), target / 2);
+        assert_eq!(batch_target(0.0, target), SHORTEST);
+        assert_eq!(batch_target(0.25, Duration::from_millis(2)), Duration::from_millis(2));
     }
 }
