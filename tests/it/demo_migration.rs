@@ -29,7 +29,9 @@ async fn the_traffic_copes_with_a_column_that_appears_becomes_not_null_and_decid
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn policies_without_a_derived_owner_let_foreign_inserts_in_and_the_traffic_says_so() {
     let db = TestDb::new(Template::Rows(3000)).await;
-    let flip = "--------\nbegin; alter table public.messages disable trigger zz_child;\
+    // Locked as strongly at once: two steps up would deadlock with whoever writes in between.
+    let flip = "--------\nbegin; lock table public.messages in access exclusive mode;\
+        alter table public.messages disable trigger zz_child;\
         alter table public.messages alter column auth_user_id drop not null; commit;";
     let report = migrate(&db, &format!("{STEPS}\n{ADD_MESSAGE}\ncommit;\n{flip}")).await;
     assert!(report.foreign_inserts_accepted > 0, "{report:?}");

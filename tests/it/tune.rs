@@ -87,7 +87,8 @@ async fn every_key_takes_effect_while_the_job_runs_and_none_beyond_its_bounds() 
     cli.run(&args).await.expect(0, "");
     in_force(&ledger, "batching.max_rows: was 100, is 7").await;
     let taken = "select count(*) from backfilld.event, jsonb_array_elements(detail -> 'changes') where kind = 'tuned'";
-    assert_eq!(ledger.number(taken).await, changes.len() as i64);
+    // The tests' jobs have a constant pace already.
+    assert_eq!(ledger.number(taken).await, changes.len() as i64 - 1);
 
     // A login that may not see other sessions has to wait where they shall be counted.
     cli.run(&["tune", JOB, "--reset", "active_sessions", "--reset", "oldest_transaction", "--reset", "critical"])
