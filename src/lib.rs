@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod ddl;
 pub mod demo;
 pub mod error;
+pub mod eta;
 pub mod expand;
 mod fault;
 pub mod hooks;

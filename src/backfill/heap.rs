@@ -58,6 +58,12 @@ struct Statements {
     fill_row: Statement,
 }
 
+impl From<HeapPlace> for HeapCursor {
+    fn from(p: HeapPlace) -> Self {
+        Self { window: p.window, block: p.block, round: p.round, rounds: p.rounds, start: p.start, bound: p.bound }
+    }
+}
+
 impl HeapWalk {
     /// A lane that goes on at `place`.
     ///
@@ -70,14 +76,7 @@ impl HeapWalk {
             statements: Statements::prepare(ctx, &session.client).await?,
             lane,
             filenode: p.filenode,
-            cursor: HeapCursor {
-                window: p.window,
-                block: p.block,
-                round: p.round,
-                rounds: p.rounds,
-                start: p.start,
-                bound: p.bound,
-            },
+            cursor: HeapCursor::from(p),
             oid: ctx.facts.target.oid,
             steering: Steering::new(initial_rounds(rows_per_page)),
             plan_check: PlanCheck::default(),

@@ -34,7 +34,7 @@ use crate::live;
 use crate::metrics;
 use crate::pg::connect::Session;
 use crate::plan::batch_sql;
-use crate::progress::{self, Eta, LaneRows};
+use crate::progress::{self, LaneRows};
 
 /// Rows in quarantine beyond which the fault is not a row's but the job's.
 const MAX_QUARANTINE: i64 = 1000;
@@ -42,6 +42,9 @@ const MAX_QUARANTINE: i64 = 1000;
 const MAX_TIMEOUTS_AT_FLOOR: u32 = 8;
 /// How often a lane that is one too many looks whether it may go on.
 const TURN_POLL: Duration = Duration::from_millis(100);
+
+/// How often the estimated end is looked at; an estimate that moves with every batch is read by nobody.
+const OUTLOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What a batch session is set to besides [`SESSION_SETTINGS`](crate::pg::connect::SESSION_SETTINGS) and its timeouts. A
 /// lost commit loses rows and checkpoint together, so it need not wait for the disk. Plans are made anew for each batch,
@@ -73,7 +76,12 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
             }
             end
         });
-        let ends = futures_util::future::join_all(runs).await.into_iter().collect::<Result<Vec<_>>>()?;
+        let ends = tokio::select! {
+            ends = futures_util::future::join_all(runs) => ends,
+            never = show_outlook(ctx, members) => match never {},
+        };
+        outlook(ctx, members);
+        let ends = ends.into_iter().collect::<Result<Vec<_>>>()?;
         if ends.contains(&LaneEnd::NotRunning) {
             return Ok(Outcome::StatusChanged);
         }
@@ -81,6 +89,23 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
             return Ok(Outcome::Complete);
         }
     }
+}
+
+/// Shows how far the sweep is and how long it will take, again and again, whether batches run or wait.
+async fn show_outlook(ctx: &Context, team: &Team) -> std::convert::Infallible {
+    loop {
+        outlook(ctx, team);
+        tokio::time::sleep(OUTLOOK_EVERY).await;
+    }
+}
+
+fn outlook(ctx: &Context, team: &Team) {
+    let (ratio, eta) = team.outlook();
+    metrics::progress(ctx.job(), ratio, eta.map(|e| progress::now_ms() as f64 / 1000.0 + e.seconds));
+    ctx.progress.update(|p| {
+        p.ratio = ratio;
+        p.eta = eta;
+    });
 }
 
 /// Why a lane's loop ended.
@@ -263,7 +288,8 @@ impl<'a> Loop<'a> {
             drop(flight);
             match ended {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
-                    self.committed(ctx, session, checkpoint, scanned, updated, took).await?;
+                    let ratio = walk.ratio(checkpoint);
+                    self.committed(ctx, session, checkpoint, ratio, [scanned, updated], took).await?;
                     self.team.throttle.rest(ctx, took).await?;
                 }
                 Ok(Batch::End) => {
@@ -304,8 +330,8 @@ impl<'a> Loop<'a> {
         ctx: &Context,
         session: &Session,
         checkpoint: &Checkpoint,
-        scanned: u32,
-        updated: u32,
+        ratio: f64,
+        [scanned, updated]: [u32; 2],
         took: Duration,
     ) -> Result<()> {
         self.retries = 0;
@@ -325,12 +351,8 @@ impl<'a> Loop<'a> {
             u64::from(scanned - updated.min(scanned)),
         );
         metrics::batch_size_target(ctx.job(), u64::from(self.sizer.rows()));
-        let ([rows_scanned, rows_updated, batches], rate, report) = self.team.note(self.lane, checkpoint);
+        let ([rows_scanned, rows_updated, batches], rate, report) = self.team.note(self.lane, ratio, checkpoint);
         let rows_estimate = self.team.rows_estimate;
-        let left = (rows_estimate - rows_scanned).max(0) as f64;
-        let ratio = rows_scanned as f64 / rows_estimate.max(1) as f64;
-        let eta = (rate > 0.0).then(|| left / rate);
-        metrics::progress(ctx.job(), ratio, eta.map(|s| progress::now_ms() as f64 / 1000.0 + s));
         ctx.progress.batch(took);
         ctx.progress.update(|p| {
             if p.lanes.len() <= self.lane {
@@ -339,8 +361,6 @@ impl<'a> Loop<'a> {
             p.lanes[self.lane] =
                 LaneRows { rows_scanned: checkpoint.rows_scanned, rows_updated: checkpoint.rows_updated };
             p.sweep = checkpoint.sweep;
-            p.ratio = ratio.min(1.0);
-            p.eta = eta.map(|s| Eta { seconds: s, least_seconds: s, most_seconds: s });
             p.rows_scanned = rows_scanned;
             p.rows_updated = rows_updated;
             p.rows_estimate = rows_estimate;

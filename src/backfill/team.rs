@@ -7,8 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::walk::Lane;
 use crate::context::Context;
+use crate::eta::Estimator;
 use crate::ledger::checkpoint::Checkpoint;
-use crate::progress::Rate;
+use crate::progress::{Eta, Rate};
 use crate::throttle::Throttle;
 
 /// How often a long run says how far it is.
@@ -28,7 +29,11 @@ struct Sum {
     ended: Vec<bool>,
     /// Rows scanned, rows updated, batches; by lane.
     done: Vec<[i64; 3]>,
+    /// Done part of each lane's range, 0 to 1.
+    ratios: Vec<f64>,
     rate: Rate,
+    pace: Estimator,
+    began: Instant,
     reported: Instant,
 }
 
@@ -41,6 +46,9 @@ impl Team {
             sum: Mutex::new(Sum {
                 ended: lanes.iter().map(|l| l.checkpoint.finished).collect(),
                 done: lanes.iter().map(|l| done(&l.checkpoint)).collect(),
+                ratios: lanes.iter().map(|l| l.walk.ratio(&l.checkpoint)).collect(),
+                pace: Estimator::default(),
+                began: Instant::now(),
                 rate: Rate::new(Duration::from_secs(10)),
                 reported: Instant::now(),
             }),
@@ -60,13 +68,19 @@ impl Team {
         if let Some(mine) = sum.ended.get_mut(lane) {
             *mine = true;
         }
+        if let Some(mine) = sum.ratios.get_mut(lane) {
+            *mine = 1.0;
+        }
     }
 
     /// Notes how far a lane is. Gives the sums, rows per second, and whether it is time to say so.
-    pub(super) fn note(&self, lane: usize, checkpoint: &Checkpoint) -> ([i64; 3], f64, bool) {
+    pub(super) fn note(&self, lane: usize, ratio: f64, checkpoint: &Checkpoint) -> ([i64; 3], f64, bool) {
         let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mine) = sum.done.get_mut(lane) {
             *mine = done(checkpoint);
+        }
+        if let Some(mine) = sum.ratios.get_mut(lane) {
+            *mine = ratio;
         }
         let all = sum.done.iter().fold([0; 3], |a, d| [a[0] + d[0], a[1] + d[1], a[2] + d[2]]);
         let rate = sum.rate.observe(Instant::now(), all[0]);
@@ -75,6 +89,15 @@ impl Team {
             sum.reported = Instant::now();
         }
         (all, rate, report)
+    }
+
+    /// Done part of the sweep, and how long the rest will take. Lanes have equal ranges.
+    pub(super) fn outlook(&self) -> (f64, Option<Eta>) {
+        let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
+        let ratio = sum.ratios.iter().sum::<f64>() / sum.ratios.len().max(1) as f64;
+        let at = sum.began.elapsed();
+        sum.pace.observe(at, ratio);
+        (ratio, sum.pace.eta())
     }
 }
 

@@ -71,6 +71,15 @@ impl Walk {
         }
     }
 
+    /// Done part of the lane's range, 0 to 1. By key it is that of the estimated rows, and one only at the end.
+    pub fn ratio(&self, checkpoint: &Checkpoint) -> f64 {
+        match self {
+            _ if checkpoint.finished => 1.0,
+            Self::Keyset(_) => keyset_ratio(checkpoint),
+            Self::Heap(walk) => walk.ratio(),
+        }
+    }
+
     /// The next batch of up to `size` units.
     ///
     /// # Errors
@@ -109,6 +118,16 @@ impl Walk {
             Self::Heap(walk) => walk.row_by_row(ctx, session, checkpoint).await,
         }
     }
+}
+
+/// Done part of a sweep by key. Rows are counted over all sweeps, and their estimate can be too low: what looks like the
+/// end is the end only when the walk says so.
+pub fn keyset_ratio(checkpoint: &Checkpoint) -> f64 {
+    if checkpoint.finished {
+        return 1.0;
+    }
+    let (walked, estimate) = (checkpoint.rows_scanned as f64, checkpoint.rows_estimate.max(1) as f64);
+    ((walked - estimate * f64::from((checkpoint.sweep - 1).max(0))) / estimate).clamp(0.0, 0.99)
 }
 
 fn kind(ctx: &Context, checkpoint: &Checkpoint) -> steps::Walk {

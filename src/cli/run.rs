@@ -17,7 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::http::{self, HttpState, Pulse, Readiness};
 use crate::phase::Status;
 use crate::progress::Progress;
-use crate::{job, metrics};
+use crate::{eta, job, metrics};
 
 /// Options.
 #[derive(clap::Args)]
@@ -111,11 +111,14 @@ fn signals(job: String, shutdown: CancellationToken) -> Result<()> {
     Ok(())
 }
 
+/// A bar has no use for more.
+const BAR_STEPS: u64 = 10_000;
+
 /// A calm line on the terminal, and one line above it per phase.
 pub async fn show(progress: Progress) {
     let mut watch = progress.watch();
-    let bar = ProgressBar::new(0);
-    let style = "{prefix:>10} {wide_bar} {pos}/{len} {msg}";
+    let bar = ProgressBar::new(BAR_STEPS);
+    let style = "{prefix:>10} {wide_bar} {percent:>3}% {msg}";
     if let Ok(style) = ProgressStyle::with_template(style) {
         bar.set_style(style);
     }
@@ -128,15 +131,8 @@ pub async fn show(progress: Progress) {
             bar.println(format!("{phase} {}", now.note).trim_end());
         }
         bar.set_prefix(now.phase.clone());
-        bar.set_length(now.rows_estimate.max(now.rows_scanned).unsigned_abs());
-        bar.set_position(now.rows_scanned.unsigned_abs());
-        let left = (now.rows_estimate - now.rows_scanned).max(0) as f64;
-        let eta = match now.rows_per_second {
-            rate if rate > 0.0 && now.phase == "backfill" => {
-                format!(", {} left", humantime::format_duration(Duration::from_secs((left / rate) as u64)))
-            }
-            _ => String::new(),
-        };
+        bar.set_position((now.ratio.clamp(0.0, 1.0) * BAR_STEPS as f64) as u64);
+        let eta = now.eta.map_or(String::new(), |e| format!(", {} left", eta::words(e.seconds)));
         let note = if now.note.is_empty() { format!("{:.0} rows/s{eta}", now.rows_per_second) } else { now.note };
         bar.set_message(note);
     }

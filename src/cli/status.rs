@@ -7,9 +7,13 @@ use serde::Serialize;
 use tokio_postgres::Client;
 
 use super::Global;
+use crate::backfill::heap_cursor::HeapCursor;
+use crate::backfill::walk::keyset_ratio;
 use crate::error::Result;
-use crate::ledger::{self, checkpoint, event, job as jobs};
-use crate::phase::Status;
+use crate::eta;
+use crate::ledger::checkpoint::Checkpoint;
+use crate::ledger::{self, checkpoint, event, heap, job as jobs};
+use crate::phase::{Phase, Status};
 use crate::plan::Facts;
 use crate::settings::Settings;
 use crate::verify::{SYNC, standing};
@@ -45,6 +49,10 @@ struct JobStatus {
     sweep: i32,
     sweep_finished: bool,
     rows_per_second: Option<f64>,
+    /// Done part of the sweep, 0 to 1; none outside of the backfill.
+    progress_ratio: Option<f64>,
+    /// Seconds to the end of the sweep, at the speed of the whole sweep, waits included; none while that means nothing.
+    eta_seconds: Option<f64>,
     lease: Option<LeaseStatus>,
     verdict: Option<serde_json::Value>,
     /// Why the verdict does not hold any more; empty: it holds, did not pass, or there is none.
@@ -106,6 +114,7 @@ pub async fn run(global: &Global, args: StatusArgs) -> Result<()> {
 async fn read(client: &Client, settings: &Settings, name: &str, history: i64) -> Result<JobStatus> {
     let job = jobs::get(client, name).await?;
     let c = checkpoint::total(client, name).await?;
+    let (progress_ratio, eta_seconds) = outlook(client, &job, c.as_ref()).await?;
     let rate = client
         .query_opt(
             "select sum(rows_scanned) / nullif(extract(epoch from max(updated_at) - min(started_at)), 0)::float8
@@ -163,6 +172,8 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
         sweep: c.as_ref().map_or(0, |c| c.sweep),
         sweep_finished: c.as_ref().is_some_and(|c| c.finished),
         rows_per_second: rate,
+        progress_ratio,
+        eta_seconds,
         lease,
         verdict,
         verdict_expired,
@@ -173,6 +184,36 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
         quarantine: quarantine.iter().map(|r| r.get(0)).collect(),
         history: if history > 0 { event::latest(client, name, history).await? } else { Vec::new() },
     })
+}
+
+/// How far a sweep is, and how long the rest takes, from its checkpoints. Only the daemon knows its recent speed; from
+/// elsewhere it is that of the sweep so far.
+async fn outlook(
+    client: &Client,
+    job: &jobs::JobRow,
+    total: Option<&Checkpoint>,
+) -> Result<(Option<f64>, Option<f64>)> {
+    let Some(total) = total.filter(|_| job.phase == Phase::Backfill) else { return Ok((None, None)) };
+    let places = heap::find(client, &job.name).await?;
+    let ratio = match total.strategy.as_str() {
+        _ if total.finished => 1.0,
+        "heap" if !places.is_empty() => {
+            places.iter().map(|(_, place)| HeapCursor::from(*place).ratio()).sum::<f64>() / places.len() as f64
+        }
+        _ => keyset_ratio(total),
+    };
+    let seconds: Option<f64> = client
+        .query_one(
+            "select extract(epoch from clock_timestamp() - coalesce(
+                 (select max(at) from backfilld.event where job = $1 and kind in ('sweep', 'heap_sweep')),
+                 (select min(started_at) from backfilld.checkpoint where job = $1)))::float8",
+            &[&job.name],
+        )
+        .await?
+        .get(0);
+    let took = Duration::from_secs_f64(seconds.unwrap_or(0.0).max(0.0));
+    let eta = eta::overall(ratio, took).filter(|_| job.status == Status::Running);
+    Ok((Some(ratio), eta.map(|e| e.seconds)))
 }
 
 /// Why a passing verdict does not hold; what cannot be read is one more reason.
@@ -197,6 +238,10 @@ fn text(s: &JobStatus) -> String {
     if s.batches > 0 {
         let of = if s.rows_estimate > 0 { format!(" of about {}", s.rows_estimate) } else { String::new() };
         line("rows", format!("{} filled, {} walked{of}, sweep {}", s.rows_updated, s.rows_scanned, s.sweep));
+        if let Some(ratio) = s.progress_ratio {
+            let left = s.eta_seconds.map_or(String::new(), |e| format!(", about {} left", eta::words(e)));
+            line("done", format!("{:.1}% of the sweep{left}", ratio * 100.0));
+        }
         // Over the whole time since the first batch, with every pause in it.
         let rate = s.rows_per_second.map_or(String::new(), |r| format!(", {r:.0} rows/s overall"));
         line("batches", format!("{}{rate}", s.batches));

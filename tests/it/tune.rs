@@ -133,6 +133,30 @@ async fn every_key_takes_effect_while_the_job_runs_and_none_beyond_its_bounds() 
 }
 
 #[tokio::test]
+async fn how_far_a_sweep_is_can_be_seen_from_the_daemon_and_from_anywhere() {
+    let db = TestDb::new(Template::Rows(600)).await;
+    let (cli, ledger, job) = (Cli::new(&db), Ledger::new(&db).await, resting());
+    let mut daemon = Local::start(&db, job.spec(), true, &[]);
+    first_batch(&ledger).await;
+    let walked = ledger.number("select rows_scanned from backfilld.checkpoint").await;
+    let estimate = ledger.number("select rows_estimate from backfilld.checkpoint").await;
+    let ratio = walked as f64 / estimate as f64;
+    assert!(0.0 < ratio && ratio < 0.9, "{walked} of {estimate}");
+    wait_until("the daemon tells it", async || (daemon.daemon.progress.now().ratio - ratio).abs() < 1e-9).await;
+    let shown: serde_json::Value =
+        serde_json::from_str(&cli.run(&["status", JOB, "--json"]).await.stdout).expect("JSON");
+    assert!((shown[0]["progress_ratio"].as_f64().expect("a ratio") - ratio).abs() < 1e-9, "{shown}");
+    assert_eq!(daemon.daemon.progress.now().eta, None, "one batch is no speed");
+    ledger
+        .run("update backfilld.checkpoint set started_at = started_at - interval '1 hour', rows_estimate = 60000")
+        .await;
+    ledger.run("update backfilld.event set at = at - interval '1 hour'").await;
+    let text = cli.run(&["status", JOB]).await.stdout;
+    assert!(text.contains("% of the sweep, about ") && text.contains(" d ") && text.contains(" left"), "{text}");
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn tuning_outlives_a_restart_and_ends_by_the_servers_clock() {
     let db = TestDb::new(Template::Rows(600)).await;
     let (cli, ledger, job) = (Cli::new(&db), Ledger::new(&db).await, resting());
