@@ -11,8 +11,8 @@ use std::time::Duration;
 
 /// How often [`Pacer::tick`] is called.
 pub const TICK: Duration = Duration::from_millis(500);
-/// The lowest pace. It still makes progress: some hundred rows per second.
-pub const FLOOR: f64 = 0.02;
+/// The lowest pace. It still makes progress: a twentieth of the time is work.
+pub const FLOOR: f64 = 0.05;
 /// The pace at first, and when somebody comes: a tenth is hardly felt, and is left within seconds where nobody is there.
 const START: f64 = 0.1;
 /// The highest pace while others work: without a rest there is nothing to compare with.
@@ -30,8 +30,9 @@ const ENOUGH_FOR_ALARM: usize = 6;
 const ALARM: f64 = 1.6;
 /// Samples that are kept: of between, some ten seconds; beside, since the last change.
 const KEPT: usize = 48;
-/// What a commit may take longer whatever the budget: jitter of the network and of the scheduler.
-const SLACK: f64 = 0.000_3;
+/// What a commit may take longer whatever the budget, in seconds: jitter of the network and of the scheduler. Nobody feels a
+/// millisecond, and with 0.3 ms the noise of a small server brought the pace to its floor.
+const SLACK: f64 = 0.001;
 /// A rise, as a factor per judgement.
 const RISE: f64 = 1.15;
 /// The same until it was too much for the first time: from the start to the most in half a dozen judgements.
