@@ -98,7 +98,8 @@ async fn write(db: &TestDb, writer: usize, stop: Arc<AtomicBool>) -> tokio::task
     tokio::spawn(async move {
         let mut told = Told::default();
         for n in 0.. {
-            if stop.load(Ordering::Relaxed) {
+            // One that lost its connection would fail for ever without waiting once, and the runtime could not end.
+            if stop.load(Ordering::Relaxed) || client.is_closed() {
                 break;
             }
             let content = format!("{writer}-{n}");
@@ -130,7 +131,14 @@ async fn a_rolling_restart_under_load_loses_nothing() {
     let ledger = Ledger::new(&db).await;
     let before = ledger.number("select count(*) from public.messages").await;
     let job = JobDir::shipped();
-    job.replace("initial_rows = 100", "pause = \"60ms\"\ninitial_rows = 100");
+    job.replace("initial_rows = 100", "pause = \"100ms\"\ninitial_rows = 100");
+    // Closed while a standby starts, however long that takes, so that some rows are left for it.
+    job.append("[throttle]\nevery = \"100ms\"\n[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"");
+    let gate = async |open: bool| {
+        let sql = format!("create or replace function public.gate() returns boolean language sql as 'select {open}'");
+        ledger.run(&sql).await;
+    };
+    gate(true).await;
     let stop = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();
     for writer in 0..3 {
@@ -153,8 +161,12 @@ async fn a_rolling_restart_under_load_loses_nothing() {
     for n in 1..=3 {
         let from = scanned().await;
         wait_until("batches are through", async || scanned().await > from + 300).await;
+        gate(false).await;
         let standby = start(n);
         wait_until("both are there", async || ledger.number(waiting).await == 2).await;
+        gate(true).await;
+        let from = scanned().await;
+        wait_until("batches go on", async || scanned().await > from).await;
         assert_eq!(ledger.phase().await, "backfill", "there is something left to do");
         leader.signal("TERM");
         leader.ended().await.expect(0, "stopped on request");

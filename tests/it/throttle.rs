@@ -87,10 +87,10 @@ async fn a_replica_that_should_be_there_and_is_not_stops_batches_and_a_pause_end
 async fn batches_run_in_their_windows_only() {
     let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(600)).await);
     let ledger = Ledger::new(&db).await;
-    let hours = "select to_char((clock_timestamp() at time zone 'UTC') + interval '2 hours', 'HH24:MI')";
-    let at: String = db.admin().await.query_one(hours, &[]).await.expect("a time").get(0);
-    let to = if at.ends_with("59") { "00" } else { "59" };
-    let closed = format!("from = \"{at}\"\nto = \"{}:{to}\"", &at[..2]);
+    let hours = "select to_char(t, 'HH24:MI'), to_char(t + interval '1 hour', 'HH24:MI')
+        from (select clock_timestamp() at time zone 'UTC' + interval '2 hours' as t) s";
+    let row = db.admin().await.query_one(hours, &[]).await.expect("a time");
+    let closed = format!("from = \"{}\"\nto = \"{}\"", row.get::<_, &str>(0), row.get::<_, &str>(1));
     job.append(&format!("[throttle]\n[[throttle.windows]]\n{closed}"));
     let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
     waits_for(&ledger, "window: batches may run").await;
