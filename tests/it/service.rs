@@ -97,7 +97,10 @@ async fn write(db: &TestDb, writer: usize, stop: Arc<AtomicBool>) -> tokio::task
     let client = db.client(backfilld::demo::sample::APP_OWNER).await;
     tokio::spawn(async move {
         let mut told = Told::default();
+        // As fast as it goes it would write more than the batches, which have their pauses, can walk through in time.
+        let mut pace = tokio::time::interval(std::time::Duration::from_millis(10));
         for n in 0.. {
+            pace.tick().await;
             // One that lost its connection would fail for ever without waiting once, and the runtime could not end.
             if stop.load(Ordering::Relaxed) || client.is_closed() {
                 break;
