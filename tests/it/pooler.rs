@@ -22,7 +22,7 @@ impl PgBouncer {
     async fn start(mode: &str, pool_size: u16) -> Option<Self> {
         let found = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/usr/local/bin/pgbouncer"];
         let Some(program) = found.iter().find(|p| std::path::Path::new(p).exists()) else {
-            eprintln!("pgbouncer is not there (scripts/ensure-pgbouncer.sh installs it): not tried behind a pooler");
+            eprintln!("pgbouncer is not there (scripts/ensure.sh installs it): not tried behind a pooler");
             return None;
         };
         let dir = tempfile::tempdir().expect("a directory");

@@ -88,7 +88,7 @@ fn promtool_accepts_rules_and_configuration_and_their_tests_pass() {
         [["check", "rules", "rules.yml"], ["check", "config", "prometheus.yml"], ["test", "rules", "rules.test.yml"]]
     {
         let ran = Command::new("promtool").args(args).current_dir(&dir).output();
-        let ran = ran.expect("promtool runs; scripts/ensure-prometheus.sh installs it");
+        let ran = ran.expect("promtool runs; scripts/ensure.sh installs it");
         assert!(ran.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ran.stderr));
     }
 }
@@ -128,7 +128,7 @@ impl Prometheus {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .expect("prometheus runs; scripts/ensure-prometheus.sh installs it");
+            .expect("prometheus runs; scripts/ensure.sh installs it");
         Self { child, port, _dir: dir }
     }
 

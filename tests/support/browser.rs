@@ -42,7 +42,7 @@ impl Browser {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .expect("chromedriver runs; scripts/ensure-chromium.sh installs it");
+            .expect("chromedriver runs; scripts/ensure.sh installs it");
         let mut browser = Self { driver, port, session: String::new(), _profile: profile };
         wait_until("chromedriver listens", async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok())
             .await;
