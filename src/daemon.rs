@@ -157,7 +157,7 @@ impl Daemon {
             info!(job = self.job(), "the job is done already");
             return Ok(None);
         }
-        let (lease, since) = self.lease(&session.client).await.map_err(|e| self.or_forgotten(e))?;
+        let (lease, since) = self.lease(&session).await.map_err(|e| self.or_forgotten(e))?;
         Ok(Some((session, lease, since)))
     }
 
@@ -195,13 +195,17 @@ impl Daemon {
             .with_hint("backfilld check shows each finding and what to do about it"))
     }
 
-    /// Waits for the lease as standby. The wait holds no transaction and no lock.
-    async fn lease(&self, client: &tokio_postgres::Client) -> Result<(Lease, Instant)> {
+    /// Waits for the lease as standby. The wait holds no transaction and no lock. Who gives it back rings; who was killed
+    /// cannot, nor does a failover pass a notification on, so it asks again by itself, too.
+    async fn lease(&self, session: &Session) -> Result<(Lease, Instant)> {
+        let client = &session.client;
         let ttl = self.settings.lease.ttl;
         let holder = Uuid::new_v4();
         // Before the lease is ours: from its first moment on there is a backend that shows that somebody works under it.
         let name = format!("{}heartbeat", Lease::application_prefix(&holder));
         client.execute("select set_config('application_name', $1, false)", &[&name]).await?;
+        // Before it asks for the first time, so that nothing is missed.
+        client.batch_execute(&format!("listen {}", lease::CHANNEL)).await?;
         let mut told = false;
         loop {
             let asked = Instant::now();
@@ -236,6 +240,7 @@ impl Daemon {
                 Err(e) => return Err(e),
             }
             tokio::select! {
+                () = session.notified() => {}
                 () = tokio::time::sleep((ttl / 10).clamp(Duration::from_millis(100), Duration::from_secs(1))) => {}
                 () = self.shutdown.cancelled() => return Err(interrupted()),
             }

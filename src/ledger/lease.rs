@@ -7,6 +7,9 @@ use uuid::Uuid;
 
 use crate::error::{Error, Kind, Result};
 
+/// The channel on which whoever gives a lease back tells the standbys; the payload is the job.
+pub const CHANNEL: &str = "backfilld_lease";
+
 /// A lease that we hold, or held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
@@ -142,15 +145,18 @@ pub async fn renew(client: &impl GenericClient, lease: &Lease, ttl: Duration) ->
     if n == 1 { Ok(()) } else { Err(lost(&lease.job)) }
 }
 
-/// Gives the lease back: a standby takes over at once.
+/// Gives the lease back, and tells those who listen on [`CHANNEL`]: a standby takes over at once.
 ///
 /// # Errors
 /// Whatever the server says. A lease that is no longer ours is not an error.
 pub async fn release(client: &impl GenericClient, lease: &Lease) -> Result<()> {
     client
         .execute(
-            "update backfilld.lease set expires_at = clock_timestamp() where job = $1 and epoch = $2 and holder = $3",
-            &[&lease.job, &lease.epoch, &lease.holder],
+            "with given_back as (
+               update backfilld.lease set expires_at = clock_timestamp()
+               where job = $1 and epoch = $2 and holder = $3 returning job)
+             select pg_notify($4, job) from given_back",
+            &[&lease.job, &lease.epoch, &lease.holder, &CHANNEL],
         )
         .await?;
     Ok(())

@@ -8,13 +8,14 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use rand::seq::SliceRandom as _;
 use secrecy::ExposeSecret as _;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{self, SslNegotiation};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, SimpleQueryMessage, Socket, tls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::sync::CancellationToken;
 
-use super::connect_error::{Place, explain, timed_out};
+use super::connect_error::{Place, explain, summary, timed_out};
 use super::{pooler, tls as our_tls};
 use crate::error::{Error, Kind, Result};
 use crate::settings::{DatabaseSettings, HostSpec, SslMode, Target};
@@ -88,6 +89,8 @@ pub struct Session {
     pub server_version_num: u32,
     driver: Driver,
     closed: CancellationToken,
+    /// Rung by each notification that comes from the server.
+    bell: Arc<Notify>,
     canceller: Canceller,
 }
 
@@ -237,8 +240,8 @@ impl Endpoint {
     where
         T: tls::TlsStream + Unpin + Send + 'static,
     {
-        let closed = CancellationToken::new();
-        let task = tokio::spawn(drive(connection, closed.clone()));
+        let (closed, bell) = (CancellationToken::new(), Arc::new(Notify::new()));
+        let task = tokio::spawn(drive(connection, closed.clone(), Arc::clone(&bell)));
         let canceller = Canceller {
             token: client.cancel_token(),
             tls: self.tls.clone(),
@@ -252,6 +255,7 @@ impl Endpoint {
             server_version_num: 0,
             driver: Driver(Some(task)),
             closed,
+            bell,
             canceller,
         };
         if self.keeps_process.get() != Some(&true) {
@@ -275,7 +279,7 @@ impl Endpoint {
     async fn refuse_transaction_mode(&self, place: &Place<'_>, mode: config::SslMode, first: &Client) -> Result<()> {
         let config = self.config(place.host, mode, &application_name("pooler"))?;
         let (second, connection) = config.connect(self.tls.clone()).await.map_err(|e| explain(&e, place))?;
-        let driver = Driver(Some(tokio::spawn(drive(connection, CancellationToken::new()))));
+        let driver = Driver(Some(tokio::spawn(drive(connection, CancellationToken::new(), Arc::default()))));
         let pooled = pooler::in_transaction_mode(first, &second).await;
         drop(second);
         drop(driver);
@@ -340,7 +344,7 @@ fn attempts(mode: SslMode, host: &HostSpec) -> Vec<config::SslMode> {
 }
 
 /// Runs the connection until it ends, and passes the server's notices on. Their text can hold row values.
-async fn drive<T>(mut connection: tokio_postgres::Connection<Socket, T>, closed: CancellationToken)
+async fn drive<T>(mut connection: tokio_postgres::Connection<Socket, T>, closed: CancellationToken, bell: Arc<Notify>)
 where
     T: tls::TlsStream + Unpin,
 {
@@ -352,6 +356,7 @@ where
                 tracing::debug!(severity = n.severity(), sqlstate = n.code().code(), "notice from the server");
                 tracing::trace!(sqlstate = n.code().code(), text = n.message(), "text of the notice");
             }
+            Ok(AsyncMessage::Notification(_)) => bell.notify_one(),
             Ok(_) => {}
             Err(e) => {
                 let sqlstate = e.code().map(|c| c.code().to_owned());
@@ -381,28 +386,6 @@ fn read_password(path: &Path, kind: Kind) -> Result<String> {
     Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
 }
 
-/// One error for several hosts.
-fn summary(mut failed: Vec<Error>) -> Error {
-    let Some(last) = failed.pop() else { return Error::internal("there is no host to connect to") };
-    if failed.is_empty() {
-        return last;
-    }
-    failed.push(last);
-    let reasons: Vec<String> = failed.iter().map(ToString::to_string).collect();
-    let error =
-        Error::new(Kind::Connect, format!("none of {} hosts can be used: {}", failed.len(), reasons.join("; ")));
-    let sqlstate = failed.iter().rev().find_map(|e| e.sqlstate()).map(str::to_owned);
-    let hint = failed.iter().rev().find_map(|e| e.hint()).map(str::to_owned);
-    let error = match sqlstate {
-        Some(state) => error.with_sqlstate(state),
-        None => error,
-    };
-    match hint {
-        Some(hint) => error.with_hint(hint),
-        None => error,
-    }
-}
-
 impl Session {
     /// The bare token; [`Session::canceller`] brings the right TLS with it.
     pub fn cancel_token(&self) -> CancelToken {
@@ -430,6 +413,11 @@ impl Session {
     /// Whether the connection has ended.
     pub fn is_closed(&self) -> bool {
         self.closed.is_cancelled() || self.client.is_closed()
+    }
+
+    /// Resolves when the server has sent a notification (LISTEN) since this was asked last.
+    pub async fn notified(&self) {
+        self.bell.notified().await;
     }
 
     /// Says goodbye to the server and waits until the connection is closed, at most one second.

@@ -30,6 +30,28 @@ pub(super) fn timed_out(place: &Place<'_>, limit: Duration) -> Error {
     )
 }
 
+/// One error for several hosts.
+pub(super) fn summary(mut failed: Vec<Error>) -> Error {
+    let Some(last) = failed.pop() else { return Error::internal("there is no host to connect to") };
+    if failed.is_empty() {
+        return last;
+    }
+    failed.push(last);
+    let reasons: Vec<String> = failed.iter().map(ToString::to_string).collect();
+    let error =
+        Error::new(Kind::Connect, format!("none of {} hosts can be used: {}", failed.len(), reasons.join("; ")));
+    let sqlstate = failed.iter().rev().find_map(|e| e.sqlstate()).map(str::to_owned);
+    let hint = failed.iter().rev().find_map(|e| e.hint()).map(str::to_owned);
+    let error = match sqlstate {
+        Some(state) => error.with_sqlstate(state),
+        None => error,
+    };
+    match hint {
+        Some(hint) => error.with_hint(hint),
+        None => error,
+    }
+}
+
 /// Whether the TLS handshake failed, so that it is worth trying without (for prefer) or with TLS (for allow).
 pub(super) fn is_tls(error: &tokio_postgres::Error) -> bool {
     find::<rustls::Error>(error).is_some() || error.to_string().contains("TLS handshake")
