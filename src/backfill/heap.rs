@@ -7,7 +7,7 @@ use tokio_postgres::{Client, GenericClient, Statement};
 use tracing::{info, warn};
 
 use super::batch::{Batch, Failed};
-use super::heap_cursor::{HOT_NEVER, HOT_WORKS, HeapCursor, MAX_SLICE_PAGES, Slice, Steering, initial_rounds};
+use super::heap_cursor::{HOT_NEVER, HOT_WORKS, HeapCursor, MAX_SLICE_PAGES, Slice, Steering};
 use super::horizon::{self, Holder};
 use super::plan_check::PlanCheck;
 use crate::context::Context;
@@ -19,6 +19,7 @@ use crate::metrics;
 use crate::pg::connect::Session;
 use crate::phase::Status;
 use crate::plan::heap_sql;
+use crate::plan::rounds::initial_rounds;
 use crate::plan::steps::Walk;
 
 /// Updates in later rounds from which their share of HOT ones means something.
@@ -446,7 +447,7 @@ enum Attempt {
 struct Bounds {
     low: String,
     high: String,
-    mask: i32,
+    rounds: i32,
     round: i32,
 }
 
@@ -455,13 +456,13 @@ impl Bounds {
         Self {
             low: format!("({},0)", slice.low),
             high: format!("({},0)", slice.high),
-            mask: slice.rounds as i32 - 1,
+            rounds: slice.rounds as i32,
             round: slice.round as i32,
         }
     }
 
     fn params(&self) -> [&(dyn ToSql + Sync); 4] {
-        [&self.low, &self.high, &self.mask, &self.round]
+        [&self.low, &self.high, &self.rounds, &self.round]
     }
 }
 

@@ -3,13 +3,14 @@
 use tokio_postgres::Client;
 use tracing::info;
 
-use super::heap_cursor::{HeapCursor, initial_rounds, lane_range, lanes_for};
+use super::heap_cursor::{HeapCursor, lane_range, lanes_for};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::ledger::checkpoint::{self, Checkpoint};
 use crate::ledger::heap::{self, HeapPlace};
 use crate::ledger::{event, lease};
 use crate::pg::connect::Session;
+use crate::plan::rounds::initial_rounds;
 
 /// The lanes of a sweep, to go on where their checkpoints stand, or of a new sweep. `checkpoint` is the first lane's.
 ///

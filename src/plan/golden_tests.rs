@@ -114,6 +114,7 @@ fn the_shipped_job() {
         kind: 'r',
         owner: "app_owner".into(),
         rows_estimate: 0.0,
+        pages_estimate: 0,
         access_method: "heap".into(),
         columns: Vec::new(),
     };

@@ -8,6 +8,7 @@ pub mod facts;
 pub mod heap_sql;
 pub mod owners_sql;
 pub mod repair_sql;
+pub mod rounds;
 pub mod shape;
 pub mod steps;
 pub mod sync_body;

@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::facts::Facts;
+use super::rounds::initial_rounds;
 use super::shape::{SYNC_SCHEMA, Shape};
 use super::{batch_sql, heap_sql, sync_sql};
 use crate::job::JobSpec;
@@ -132,17 +133,34 @@ pub enum Walk {
     Keyset,
 }
 
-/// Chooses the walk, and says why.
-pub fn walk(spec: &JobSpec, facts: &Facts) -> (Walk, &'static str) {
+/// Chooses the walk, and says why. docs/benchmarks.md has what each costs on which tables: heap order grew none of them more
+/// than the walk by key, and wrote less WAL on all.
+pub fn walk(spec: &JobSpec, facts: &Facts) -> (Walk, String) {
     let is_heap = facts.target.kind == 'r' && facts.target.access_method == "heap";
     match spec.batching.strategy {
-        Strategy::Keyset => (Walk::Keyset, "keyset: by key, as the job wants it"),
-        Strategy::Heap | Strategy::Auto if is_heap => (
-            Walk::Heap,
-            "heap: page ranges in several committed rounds, so that nearly all updates are HOT; least WAL and growth. Where \
-             updates cannot be HOT (an indexed column changes) or have room anyway (fillfactor), in fewer rounds or one",
+        Strategy::Keyset => (Walk::Keyset, "keyset: by key, as the job wants it".into()),
+        Strategy::Heap | Strategy::Auto if is_heap => (Walk::Heap, format!("heap: {}", in_rounds(facts))),
+        _ => (Walk::Keyset, "keyset: by key, since the target is not an ordinary heap table".into()),
+    }
+}
+
+fn in_rounds(facts: &Facts) -> String {
+    const FEWER: &str = "Where updates cannot be HOT (an indexed column changes) or have room anyway (fillfactor), in fewer rounds or one";
+    if facts.target.rows_estimate <= 0.0 || facts.target.pages_estimate <= 0 {
+        return format!(
+            "page ranges in several committed rounds, so that most updates are HOT; least WAL and growth. {FEWER}"
+        );
+    }
+    let rows_per_page = f64::from(facts.target.rows_estimate) / f64::from(facts.target.pages_estimate);
+    match initial_rounds(rows_per_page) {
+        1 => format!(
+            "page ranges in one round. About {rows_per_page:.1} rows to a page: each moves to another page however they are \
+             taken; so the table grows as much as by key, with less WAL"
         ),
-        _ => (Walk::Keyset, "keyset: by key, since the target is not an ordinary heap table"),
+        rounds => format!(
+            "page ranges in {rounds} committed rounds to begin with, at about {rows_per_page:.0} rows to a page: a round's \
+             rows leave room for the next one's, so that most updates are HOT; least WAL and growth. {FEWER}"
+        ),
     }
 }
 

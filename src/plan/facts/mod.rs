@@ -47,6 +47,8 @@ pub struct Table {
     pub owner: String,
     /// Estimated rows; negative: never analyzed.
     pub rows_estimate: f32,
+    /// Its pages by then.
+    pub pages_estimate: i32,
     /// Table access method, `heap` as a rule.
     pub access_method: String,
     /// Its columns.
@@ -144,7 +146,7 @@ pub async fn table(client: &Client, name: &QualifiedName, key: &str) -> Result<T
     let row = client
         .query_opt(
             "select c.oid, c.relkind::text, r.rolname::text, c.reltuples, coalesce(am.amname::text, ''),
-                    exists (select from pg_inherits i where i.inhparent = c.oid)
+                    exists (select from pg_inherits i where i.inhparent = c.oid), c.relpages
              from pg_class c join pg_namespace n on n.oid = c.relnamespace join pg_roles r on r.oid = c.relowner
              left join pg_am am on am.oid = c.relam
              where n.nspname = $1 and c.relname = $2",
@@ -172,6 +174,7 @@ pub async fn table(client: &Client, name: &QualifiedName, key: &str) -> Result<T
         kind: kind.chars().next().unwrap_or('?'),
         owner: row.get(2),
         rows_estimate: row.get(3),
+        pages_estimate: row.get(6),
         access_method: row.get(4),
         columns: columns
             .iter()
