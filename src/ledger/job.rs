@@ -146,6 +146,24 @@ pub async fn set_phase(client: &impl GenericClient, name: &str, from: Phase, to:
     Ok(())
 }
 
+/// How the reason of a running job begins whose batches wait.
+pub const WAITING: &str = "waiting: ";
+
+/// Takes back the reason that batches waited, whoever stored it. Every other reason, such as what a watch has found, stays.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn no_longer_waits(client: &impl GenericClient, name: &str) -> Result<()> {
+    client
+        .execute(
+            "update backfilld.job set reason = '', hint = '', updated_at = clock_timestamp()
+             where name = $1 and status = 'running' and starts_with(reason, $2)",
+            &[&name, &WAITING],
+        )
+        .await?;
+    Ok(())
+}
+
 /// Stores a status with reason and hint. `from`: only if the status is one of these. Gives whether it was stored.
 ///
 /// # Errors

@@ -100,7 +100,7 @@ async fn pass(ctx: &Context, probe: &mut Probe, session: &mut Option<Session>) -
 /// Says once per change why batches wait, in the log and in the ledger, where `status` finds it from any machine.
 /// `first`: nothing was said before; then a reason that an earlier run left behind is taken back in silence.
 async fn tell(ctx: &Context, waits: &[Reading], first: bool) {
-    let text = if waits.is_empty() { String::new() } else { format!("waiting: {}", signal::text(waits)) };
+    let text = if waits.is_empty() { String::new() } else { format!("{}{}", jobs::WAITING, signal::text(waits)) };
     match waits.first() {
         Some(r) => {
             warn!(
@@ -119,7 +119,11 @@ async fn tell(ctx: &Context, waits: &[Reading], first: bool) {
         let mut client = ctx.client().await?;
         let tx = client.transaction().await?;
         lease::fence(&*tx, &ctx.lease).await?;
-        jobs::set_status(&*tx, ctx.job(), &[Status::Running], Status::Running, &text, "").await?;
+        if waits.is_empty() {
+            jobs::no_longer_waits(&*tx, ctx.job()).await?;
+        } else {
+            jobs::set_status(&*tx, ctx.job(), &[Status::Running], Status::Running, &text, "").await?;
+        }
         if !waits.is_empty() || !first {
             let detail = serde_json::json!({ "wait": !waits.is_empty(), "reason": text });
             event::record(&*tx, ctx.job(), "throttle", detail).await?;

@@ -102,6 +102,19 @@ async fn whatever_changes_after_the_flip_is_shown_and_clears_when_it_is_mended()
     );
     plant(&ledger, &wrong).await;
     wait_until("drift is found", async || ledger.reason().await.contains("drift: 1 rows")).await;
+    // Each look also measures whether it has to wait, which says nothing of what was found.
+    ledger
+        .run(
+            "create table public.told (reason text);
+             create function public.tell() returns trigger language plpgsql security definer set search_path = '' as $$
+             begin insert into public.told values (new.reason); return new; end $$;
+             create trigger tell after update on backfilld.job for each row execute function public.tell()",
+        )
+        .await;
+    looks(&ledger, 3).await;
+    assert!(ledger.is("select exists (select from public.told)").await);
+    assert!(!ledger.is("select exists (select from public.told where reason not like '%drift: 1 rows%')").await);
+    ledger.run("drop trigger tell on backfilld.job").await;
     let listed =
         format!("select exists (select from backfilld.finding where origin = 'watch' and key[1] = ({first})::text)");
     assert!(ledger.is(&listed).await);
