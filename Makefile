@@ -20,7 +20,7 @@ demo: ## watch a migration on a real server under live traffic
 	@$(CARGO) run --release --locked -- demo $(DEMO_FLAGS)
 
 test: ## all tests, on a real server that is left running for the next time
-	@scripts/ensure.sh compiler postgres prometheus pgbouncer chromium
+	@scripts/ensure.sh compiler postgres prometheus pgbouncer chromium tmux
 	$(CARGO) test --locked $(TEST_FLAGS)
 
 test-versions: ## the integration tests on PostgreSQL 14 to 18 (downloads the servers; long)

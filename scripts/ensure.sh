@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs with apt-get what is missing of: compiler, postgres, prometheus, pgbouncer, chromium. Starts nothing, and
-# creates no cluster. Usage: ensure.sh WHAT...
+# Installs with apt-get what is missing of: compiler, postgres, prometheus, pgbouncer, chromium, tmux. Starts nothing,
+# and creates no cluster. Usage: ensure.sh WHAT...
 set -euo pipefail
 
 # has_WHAT: is it there?  packages_WHAT: Debian's packages.  else_WHAT: what to do where there is no apt-get.
@@ -47,6 +47,10 @@ has_chromium() { command -v chromium >/dev/null && command -v chromedriver >/dev
 packages_chromium="chromium chromium-driver"
 else_chromium="put chromium and chromedriver into PATH: a test looks at the status page with them"
 
+has_tmux() { command -v tmux >/dev/null; }
+packages_tmux="tmux"
+else_tmux="put tmux into PATH, or the tests of the live view are left out"
+
 packages=() missing=()
 for what in "$@"; do
   "has_$what" && continue
@@ -64,7 +68,7 @@ if ! command -v apt-get >/dev/null; then
   for what in "${missing[@]}"; do
     name=else_$what
     echo "$what is missing, and this system has no apt-get to install it: ${!name}" >&2
-    [ "$what" = pgbouncer ] || status=1
+    [ "$what" = pgbouncer ] || [ "$what" = tmux ] || status=1
   done
   exit $status
 elif [ ${#as_root[@]} -gt 0 ] && ! command -v sudo >/dev/null; then

@@ -30,6 +30,7 @@ pub mod report;
 pub mod rollback;
 pub mod settings;
 pub mod telemetry;
+pub mod terminal;
 pub mod throttle;
 pub mod verify;
 pub mod watch;

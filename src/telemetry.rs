@@ -1,8 +1,6 @@
 //! Logging: one event per thing that happened, to stderr. stdout is for data. The last events are kept in memory for the
 //! status page, whatever level the log has.
 
-use std::io;
-
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -14,6 +12,7 @@ use tracing_subscriber::{Layer, fmt, registry};
 use crate::error::{Error, Result};
 use crate::progress;
 use crate::settings::{LogFormat, LogSettings, log_filter};
+use crate::terminal::Above;
 
 /// Starts logging for the process. `tty` says whether stderr is a terminal: `auto` then means text, in colour unless
 /// NO_COLOR is set.
@@ -28,7 +27,7 @@ pub fn init(settings: &LogSettings, tty: bool) -> Result<()> {
         LogFormat::Text => false,
         LogFormat::Auto => !tty,
     };
-    let lines = fmt::layer().with_writer(io::stderr);
+    let lines = fmt::layer().with_writer(Above::default);
     let lines = if json {
         lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
     } else {

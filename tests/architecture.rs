@@ -70,7 +70,7 @@ fn nobody_but_the_command_line_knows_the_daemon_and_nobody_but_main_the_command_
 
 #[test]
 fn leaves_know_nobody() {
-    let leaves = ["error", "metrics", "progress", "phase", "fault"];
+    let leaves = ["error", "metrics", "progress", "phase", "fault", "terminal"];
     assert_eq!(offenders(|f| leaves.contains(&module(f)), |f, n| n != module(f)), Vec::<String>::new());
 }
 
@@ -83,7 +83,7 @@ fn lower_layers_do_not_know_higher_ones() {
         ("job", &["error", "job", "pg"]),
         ("plan", &["error", "job", "pg", "phase", "plan"]),
         ("http", &["error", "http", "metrics", "progress"]),
-        ("telemetry", &["error", "progress", "settings", "telemetry"]),
+        ("telemetry", &["error", "progress", "settings", "telemetry", "terminal"]),
         ("eta", &["eta", "progress"]),
     ];
     for (layer, known) in below {

@@ -1,6 +1,5 @@
 //! `backfilld demo`: the reference migration on a throwaway server, under live traffic.
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use secrecy::SecretString;
@@ -9,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Global;
 use super::report::Format;
-use super::run::{serve_http, show};
+use super::run::{Live, serve_http};
 use crate::daemon::Daemon;
 use crate::demo::summary::{DriveReport, PhaseDuration};
 use crate::demo::{self, DemoWorld, Options};
@@ -123,14 +122,14 @@ async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld, path: &Path) 
     if server.is_some() {
         eprintln!("demo: watch it at http://{}/", base.http.listen);
     }
-    let bar = std::io::stderr().is_terminal().then(|| tokio::spawn(show(daemon.progress.clone())));
+    let view = Live::start(daemon.progress.clone());
     let result = daemon.run().await;
     stop.cancel();
     if let Some(server) = server {
         let _ = server.await;
     }
-    if let Some(bar) = bar {
-        bar.abort();
+    if let Some(view) = view {
+        view.end().await;
     }
     result?;
     let session = super::connect(&settings, "demo").await?;

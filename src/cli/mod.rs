@@ -18,6 +18,8 @@ mod status;
 mod tune;
 mod uninstall;
 mod verify;
+mod view;
+mod watch;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};

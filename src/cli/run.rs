@@ -1,10 +1,8 @@
 //! `backfilld run`: the daemon.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -12,12 +10,14 @@ use tracing::info;
 
 use super::Global;
 use super::service_manager::ServiceManager;
+use super::view::{self, Look};
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
 use crate::http::{self, HttpState, Pulse, Readiness};
 use crate::phase::Status;
-use crate::progress::Progress;
-use crate::{eta, job, metrics};
+use crate::progress::{self, Progress};
+use crate::settings::LogFormat;
+use crate::{job, metrics, terminal};
 
 /// Options.
 #[derive(clap::Args)]
@@ -31,8 +31,9 @@ pub struct RunArgs {
 
 pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     let spec = job::load(&args.job)?;
-    let on_terminal = std::io::stderr().is_terminal();
-    let settings = global.settings(on_terminal)?;
+    // The view says what lines would say, so that only warnings are left to say.
+    let live = terminal::stderr_draws() && global.load(false)?.log.format != LogFormat::Json;
+    let settings = global.settings(live)?;
     let daemon = Daemon::new(settings, spec, args.once)?;
     let job = daemon.spec.name.clone();
     signals(job.clone(), daemon.shutdown.clone())?;
@@ -43,10 +44,11 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
         tokio::spawn(manager.tell(pulse.clone(), daemon.progress.clone(), daemon.shutdown.clone()));
     }
     tokio::spawn(async move { pulse.keep().await });
-    let bar = on_terminal.then(|| tokio::spawn(show(daemon.progress.clone())));
+    let view = if live { Live::start(daemon.progress.clone()) } else { None };
     let result = daemon.run().await;
-    if let Some(bar) = bar {
-        bar.abort();
+    if let Some(view) = view {
+        view.end().await;
+        eprintln!("{}", view::line(&daemon.progress.now()));
     }
     http_stop.cancel();
     if let Some(server) = server {
@@ -111,29 +113,40 @@ fn signals(job: String, shutdown: CancellationToken) -> Result<()> {
     Ok(())
 }
 
-/// A bar has no use for more.
-const BAR_STEPS: u64 = 10_000;
+/// Often enough to look alive, rarely enough to be read.
+const REDRAW: Duration = Duration::from_millis(500);
 
-/// A calm line on the terminal, and one line above it per phase.
-pub async fn show(progress: Progress) {
-    let mut watch = progress.watch();
-    let bar = ProgressBar::new(BAR_STEPS);
-    let style = "{prefix:>10} {wide_bar} {percent:>3}% {msg}";
-    if let Ok(style) = ProgressStyle::with_template(style) {
-        bar.set_style(style);
+/// A view at the bottom of the terminal while work goes on. What is said meanwhile stands above it.
+pub struct Live(JoinHandle<()>);
+
+impl Live {
+    /// Where stderr is a terminal that can be drawn on.
+    pub fn start(progress: Progress) -> Option<Self> {
+        terminal::stderr_draws().then(|| Self(tokio::spawn(show(progress))))
     }
-    bar.enable_steady_tick(Duration::from_millis(250));
+
+    /// Takes it away.
+    pub async fn end(self) {
+        self.0.abort();
+        // It may be drawing.
+        let _ = self.0.await;
+        terminal::draw(Vec::new());
+    }
+}
+
+async fn show(progress: Progress) {
     let mut phase = String::new();
-    while watch.changed().await.is_ok() {
-        let now = watch.borrow_and_update().clone();
+    loop {
+        let now = progress.now();
         if now.phase != phase {
-            phase = now.phase.clone();
-            bar.println(format!("{phase} {}", now.note).trim_end());
+            phase.clone_from(&now.phase);
+            let line = format!("{} {phase} {}", view::clock(progress::now_ms()), now.note);
+            terminal::print(line.trim_end());
         }
-        bar.set_prefix(now.phase.clone());
-        bar.set_position((now.ratio.clamp(0.0, 1.0) * BAR_STEPS as f64) as u64);
-        let eta = now.eta.map_or(String::new(), |e| format!(", {} left", eta::words(e.seconds)));
-        let note = if now.note.is_empty() { format!("{:.0} rows/s{eta}", now.rows_per_second) } else { now.note };
-        bar.set_message(note);
+        let mut lines = view::lines(&now, progress::events().last(), None, &Look::now());
+        // A view that is higher than the terminal cannot be drawn in place.
+        lines.truncate(terminal::size().0.saturating_sub(1));
+        terminal::draw(lines);
+        tokio::time::sleep(REDRAW).await;
     }
 }

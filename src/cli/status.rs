@@ -1,6 +1,5 @@
 //! `backfilld status`: how far jobs are, from any machine, read from the ledger.
 
-use std::io::IsTerminal;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -26,8 +25,8 @@ pub struct StatusArgs {
     /// As JSON
     #[arg(long)]
     json: bool,
-    /// Again every second, until interrupted
-    #[arg(long, conflicts_with = "json")]
+    /// Live, until Ctrl-C, which ends it with 0; lines where stdout is no terminal
+    #[arg(long, conflicts_with_all = ["json", "history"])]
     watch: bool,
     /// The last N events
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -79,36 +78,28 @@ struct LeaseStatus {
 
 pub async fn run(global: &Global, args: StatusArgs) -> Result<()> {
     let settings = global.settings(true)?;
-    let session = super::connect(&settings, "status").await?;
     let only = args.job.as_deref().map(super::job_name).transpose()?;
-    loop {
-        ledger::migrate::require(&session.client).await?;
-        let names = match &only {
-            Some(name) => vec![jobs::get(&session.client, name).await?.name],
-            None => jobs::all(&session.client).await?.into_iter().map(|j| j.name).collect(),
-        };
-        let mut all = Vec::new();
-        for name in names {
-            all.push(read(&session.client, &settings, &name, args.history).await?);
-        }
-        if args.json {
-            return super::print_json(&all);
-        }
-        let text = all.iter().map(text).collect::<Vec<_>>().join("\n\n");
-        if args.watch && std::io::stdout().is_terminal() {
-            // Home, then clear: no scrolling.
-            super::print(&format!("\x1b[H\x1b[2J{text}"))?;
-        } else {
-            super::print(&text)?;
-        }
-        if !args.watch {
-            return Ok(());
-        }
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_secs(1)) => {}
-            _ = tokio::signal::ctrl_c() => return Ok(()),
-        }
+    if args.watch {
+        return super::watch::run(&settings, only.as_deref()).await;
     }
+    let session = super::connect(&settings, "status").await?;
+    ledger::migrate::require(&session.client).await?;
+    let mut all = Vec::new();
+    for name in names(&session.client, only.as_deref()).await? {
+        all.push(read(&session.client, &settings, &name, args.history).await?);
+    }
+    if args.json {
+        return super::print_json(&all);
+    }
+    super::print(&all.iter().map(text).collect::<Vec<_>>().join("\n\n"))
+}
+
+/// The one job that is asked for, or all.
+pub(super) async fn names(client: &Client, only: Option<&str>) -> Result<Vec<String>> {
+    Ok(match only {
+        Some(name) => vec![jobs::get(client, name).await?.name],
+        None => jobs::all(client).await?.into_iter().map(|j| j.name).collect(),
+    })
 }
 
 async fn read(client: &Client, settings: &Settings, name: &str, history: i64) -> Result<JobStatus> {
@@ -188,7 +179,7 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
 
 /// How far a sweep is, and how long the rest takes, from its checkpoints. Only the daemon knows its recent speed; from
 /// elsewhere it is that of the sweep so far.
-async fn outlook(
+pub(super) async fn outlook(
     client: &Client,
     job: &jobs::JobRow,
     total: Option<&Checkpoint>,

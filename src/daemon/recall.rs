@@ -41,7 +41,7 @@ pub(super) async fn recall(client: &Client, job: &str, progress: &Progress) -> R
         proof.into_iter().for_each(|proof| p.prove(proof));
     });
     let events = event::latest(client, job, EVENTS).await?;
-    progress::seed(events.into_iter().rev().map(as_event).collect());
+    progress::seed(events.into_iter().rev().map(|e| Event::recalled(e.at_ms, e.kind, e.detail)).collect());
     Ok(())
 }
 
@@ -54,12 +54,4 @@ fn proof(kind: &str, at_ms: u64, v: &verdict::Verdict) -> Proof {
         checked: v.rows_checked.unsigned_abs(),
         findings: v.counts.iter().map(|(k, n)| (k.clone(), n.unsigned_abs())).collect::<BTreeMap<_, _>>(),
     }
-}
-
-fn as_event(e: event::Event) -> Event {
-    let fields = match e.detail {
-        serde_json::Value::Object(fields) => fields,
-        _ => serde_json::Map::new(),
-    };
-    Event { at_ms: e.at_ms.unsigned_abs(), level: "info".into(), message: e.kind, fields }
 }

@@ -35,6 +35,7 @@ use health::Ready;
 use series::Series;
 
 pub use health::{Pulse, Readiness};
+pub use summary::{Mood, Summary};
 
 /// The exposition format of Prometheus that we render.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";

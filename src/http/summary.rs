@@ -98,6 +98,9 @@ fn running(s: &Snapshot) -> (Mood, &'static str, String) {
     if s.proofs.iter().any(|p| !p.passed) && s.phase != "backfill" {
         return (Mood::Attention, "needs a look", "the last verification found something".into());
     }
+    if s.phase == "watch" && !s.reason.is_empty() {
+        return (Mood::Attention, "needs a look", s.reason.clone());
+    }
     if s.note.starts_with("waiting") {
         return (Mood::Waiting, "waiting", s.note.clone());
     }
@@ -107,6 +110,7 @@ fn running(s: &Snapshot) -> (Mood, &'static str, String) {
         "verify" => "comparing every row with its source",
         "constrain" => "building index and constraints without blocking anybody",
         "flip" => "switching policies and functions over",
+        "watch" => "looking whether what the flip left stays as it is",
         _ => "going on",
     };
     (Mood::Ok, "fine", text.into())
@@ -182,6 +186,10 @@ mod tests {
         assert_eq!(Summary::of(&s).mood, Mood::Attention);
         let mut s = at("constrain", "running");
         s.proofs = vec![Proof { passed: false, ..Proof::default() }];
+        assert_eq!(Summary::of(&s).mood, Mood::Attention);
+        let mut s = at("watch", "running");
+        assert_eq!(Summary::of(&s).mood, Mood::Ok);
+        s.reason = "policies: one was dropped".into();
         assert_eq!(Summary::of(&s).mood, Mood::Attention);
         let mut s = at("", "");
         s.phase = "standby".into();

@@ -21,6 +21,17 @@ pub struct Event {
     pub fields: serde_json::Map<String, serde_json::Value>,
 }
 
+impl Event {
+    /// One that the ledger has.
+    pub fn recalled(at_ms: i64, kind: String, detail: serde_json::Value) -> Self {
+        let fields = match detail {
+            serde_json::Value::Object(fields) => fields,
+            _ => serde_json::Map::new(),
+        };
+        Self { at_ms: at_ms.unsigned_abs(), level: "info".into(), message: kind, fields }
+    }
+}
+
 /// One for the process, as the log is.
 static RECENT: Mutex<VecDeque<Event>> = Mutex::new(VecDeque::new());
 

@@ -101,7 +101,10 @@ async fn store(ctx: &Context, before: &Watched, now: &Watched, keys: &data::Keys
     let data = now.findings.iter().filter(|(k, _)| !KINDS.contains(&k.as_str())).map(|(_, f)| f.len() as u64).sum();
     let counts = KINDS.map(|kind| (kind, if kind == "data" { data } else { number(kind) }));
     metrics::watched(ctx.job(), now_unix(), ends, &counts, number(POLICY_DRIFT));
-    ctx.progress.update(|p| p.note = if reason.is_empty() { "nothing has changed".into() } else { reason.clone() });
+    ctx.progress.update(|p| {
+        p.note = if reason.is_empty() { "nothing has changed".into() } else { reason.clone() };
+        p.reason.clone_from(&reason);
+    });
     if now.findings != before.findings {
         match reason.is_empty() {
             true => info!(job = ctx.job(), "watch: everything is as it should be again"),

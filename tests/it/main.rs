@@ -39,6 +39,7 @@ mod sync_random;
 mod sync_refusals;
 mod sync_sources;
 mod sync_values;
+mod terminal;
 mod throttle;
 mod throttle_servers;
 mod tune;

@@ -209,6 +209,11 @@ impl Cli {
         self
     }
 
+    /// The environment, for who starts the binary otherwise.
+    pub fn environment(&self) -> Vec<(&str, &str)> {
+        self.env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect()
+    }
+
     pub fn start(&self, args: &[&str]) -> Process {
         let mut command = Command::new(self.wrapper.first().unwrap_or(&env!("CARGO_BIN_EXE_backfilld")));
         if let Some((_, rest)) = self.wrapper.split_first() {

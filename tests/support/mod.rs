@@ -5,9 +5,11 @@ mod daemon;
 mod db;
 mod server;
 mod session;
+mod terminal;
 
 pub use browser::{Browser, free_port};
 pub use daemon::{Cli, Ended, JOB, JobDir, Ledger, Local, Process, run_once, schema_dump, settings};
 pub use db::{Template, TestDb};
 pub use server::{block_on, server};
 pub use session::{Session, wait_until};
+pub use terminal::Terminal;
