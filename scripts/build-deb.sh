@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds target/backfilld_<version>_<architecture>.deb from the release binary: binary, unit, example settings, shipped job,
-# documentation. Needs dpkg-deb. Installing it starts nothing: a unit is enabled per job.
+# documentation, man pages, completions. Needs dpkg-deb, and a binary that runs here. Installing it starts nothing: a unit
+# is enabled per job.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
@@ -14,6 +15,14 @@ chmod 0755 "$root"
 
 install -D -m 0755 "$binary" "$root/usr/bin/backfilld"
 strip --strip-unneeded "$root/usr/bin/backfilld" 2>/dev/null || true
+install -d -m 0755 "$root/usr/share/man/man1"
+"$binary" man --dir "$root/usr/share/man/man1"
+chmod 0644 "$root"/usr/share/man/man1/*
+gzip -9n "$root"/usr/share/man/man1/*
+for shell in bash:bash-completion/completions/backfilld zsh:zsh/vendor-completions/_backfilld \
+  fish:fish/vendor_completions.d/backfilld.fish; do
+  "$binary" completions "${shell%%:*}" | install -D -m 0644 /dev/stdin "$root/usr/share/${shell#*:}"
+done
 install -D -m 0644 "deploy/systemd/backfilld@.service" "$root/usr/lib/systemd/system/backfilld@.service"
 # Readable: the unit runs as a user without a name. The password has a file of its own.
 install -D -m 0644 deploy/backfilld.toml "$root/etc/backfilld/backfilld.toml"

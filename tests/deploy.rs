@@ -168,7 +168,15 @@ fn the_debian_package_installs_and_leaves_nothing_but_settings() {
         .env("DEB_COMPRESSION", "none"));
     let package = package.trim();
     let list = run(Command::new("dpkg-deb").args(["-c", package]));
-    for path in ["usr/bin/backfilld", "usr/lib/systemd/system/backfilld@.service", "etc/backfilld/backfilld.toml"] {
+    for path in [
+        "usr/bin/backfilld",
+        "usr/lib/systemd/system/backfilld@.service",
+        "etc/backfilld/backfilld.toml",
+        "usr/share/man/man1/backfilld-status.1.gz",
+        "usr/share/bash-completion/completions/backfilld",
+        "usr/share/zsh/vendor-completions/_backfilld",
+        "usr/share/fish/vendor_completions.d/backfilld.fish",
+    ] {
         assert!(list.contains(&format!("./{path}")), "{path}: {list}");
     }
     assert!(!list.lines().any(|l| !l.contains("root/root")), "{list}");

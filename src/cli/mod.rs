@@ -6,6 +6,7 @@ mod config;
 mod control;
 mod demo;
 mod export;
+mod generate;
 mod plan;
 mod quarantine;
 #[cfg(test)]
@@ -113,6 +114,10 @@ enum Command {
     /// Look at the settings
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    /// Print a script that completes commands and options in a shell
+    Completions(generate::CompletionsArgs),
+    /// Print the man page, or write one per command
+    Man(generate::ManArgs),
 }
 
 /// The command line as clap knows it: for what is made from it, and for tests.
@@ -163,6 +168,8 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Export(args) => export::run(global, args).await,
         Command::Demo(args) => demo::run(global, args).await,
         Command::Config(command) => config::run(global, command),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
     }
 }
 

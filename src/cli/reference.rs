@@ -10,6 +10,9 @@ fn reference_markdown() -> String {
     let mut out = String::from(
         "# Commands\n\n\
          What `backfilld --help` and `backfilld <command> --help` say. stdout is data, stderr is progress and errors.\n\
+         `backfilld man` prints the same as a man page, `backfilld completions bash` (zsh, fish, elvish, powershell) a script for the\n\
+         shell, to be put where it looks for such scripts or loaded by `source <(backfilld completions bash)`. The Debian package\n\
+         brings both.\n\n\
          On a terminal, `run` and `status --watch` draw a live view; `NO_COLOR` keeps it plain, `TERM=dumb` and pipes make it lines.\n",
     );
     // What the environment of whoever makes this page holds is nobody's business.
