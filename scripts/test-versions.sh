@@ -35,7 +35,8 @@ for version in "${versions[@]}"; do
     chmod -R a+rX "$dir"
   fi
   echo "== PostgreSQL $version ($package)"
-  BACKFILLD_TEST_PG_BIN=$dir/package/native/bin cargo test --locked --test it || failed+=("$version")
+  bin=$dir/package/native/bin
+  BACKFILLD_TEST_PG_BIN=$bin BACKFILLD_PG_BIN=$bin cargo test --locked --test it --test tls || failed+=("$version")
 done
 scripts/test-clean.sh
 if [ ${#failed[@]} -gt 0 ]; then

@@ -10,6 +10,7 @@ use super::Global;
 use super::report::Format;
 use super::run::{Live, serve_http};
 use crate::daemon::Daemon;
+use crate::demo::cluster::{Cluster, server_version};
 use crate::demo::summary::{DriveReport, PhaseDuration};
 use crate::demo::{self, DemoWorld, Options};
 use crate::error::{Error, Result};
@@ -72,7 +73,7 @@ pub async fn run(global: &Global, args: DemoArgs) -> Result<()> {
     let text = if args.json { summary.to_json()? } else { summary.to_string() };
     super::print(text.trim_end())?;
     if args.keep {
-        let daemon = Daemon::new(settings(&base, &cluster.url(demo::sample::DAEMON, demo::DATABASE)), spec, false)?;
+        let daemon = Daemon::new(settings(&base, &cluster)?, spec, false)?;
         let stop = CancellationToken::new();
         let server = serve_http(&daemon, &Pulse::new(), stop.clone()).await?;
         let serving = demo::serve_until_ctrl_c(cluster);
@@ -96,19 +97,18 @@ pub async fn run(global: &Global, args: DemoArgs) -> Result<()> {
 }
 
 /// The operator's settings with the demo's database in place of theirs.
-fn settings(base: &Settings, url: &str) -> Settings {
+fn settings(base: &Settings, cluster: &Cluster) -> Result<Settings> {
     let mut settings = base.clone();
     settings.database = crate::settings::DatabaseSettings {
-        url: Some(SecretString::from(url.to_owned())),
-        // Nobody but the daemon logs in as this role there.
-        dedicated_login: true,
+        url: Some(SecretString::from(cluster.url(demo::sample::DAEMON, demo::DATABASE))),
+        dedicated_login: demo::sample::login_is_dedicated(&server_version(cluster.bin())?),
         ..Default::default()
     };
-    settings
+    Ok(settings)
 }
 
 async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld, path: &Path) -> Result<DriveReport> {
-    let settings = settings(base, &world.daemon_url());
+    let settings = settings(base, world.cluster())?;
     let daemon = Daemon::new(settings.clone(), spec.clone(), true)?;
     let (pulse, stop) = (Pulse::new(), CancellationToken::new());
     let server = match serve_http(&daemon, &pulse, stop.clone()).await {

@@ -28,6 +28,12 @@ pub const DAEMON: &str = "backfilld";
 /// Every role that can log in, the superuser first.
 pub const LOGINS: [&str; 5] = [SUPERUSER, AUTHENTICATOR, AUTH_ADMIN, APP_OWNER, DAEMON];
 
+/// Whether [`DAEMON`] is a login that only the daemon uses. Before version 15 it has to be a superuser, which is never that:
+/// others who are could become it. `server_version` is as [`crate::demo::cluster::server_version`] gives it.
+pub fn login_is_dedicated(server_version: &str) -> bool {
+    server_version.split('.').next().and_then(|major| major.parse().ok()).is_some_and(|major: u32| major >= 15)
+}
+
 /// Creates the roles where they are missing, and gives every login role `password`.
 ///
 /// `client` is a superuser. The password is letters and digits, as [`crate::demo::cluster::Cluster::password`] is.

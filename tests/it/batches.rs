@@ -161,8 +161,9 @@ async fn a_batch_that_would_read_a_whole_table_is_refused_before_it_runs() {
     let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(600)).await);
     let ledger = Ledger::new(&db).await;
     // A login whose settings leave the planner no good way.
-    ledger.run(&format!("alter role backfilld in database {} set enable_indexscan = off", db.name())).await;
-    ledger.run(&format!("alter role backfilld in database {} set enable_bitmapscan = off", db.name())).await;
+    for setting in ["enable_indexscan = off", "enable_bitmapscan = off", "random_page_cost = 1e9"] {
+        ledger.run(&format!("alter role backfilld in database {} set {setting}", db.name())).await;
+    }
     Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(1, "would read all of public.messages");
     assert_eq!(ledger.unfilled().await, 600, "nothing was written");
     ledger.run(&format!("alter role backfilld in database {} reset all", db.name())).await;

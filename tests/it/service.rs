@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::support::{Cli, JobDir, Ledger, Template, TestDb, wait_until};
+use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, wait_until};
 
 #[tokio::test]
 async fn the_service_manager_hears_ready_status_signs_of_life_and_the_end() {
@@ -176,6 +176,8 @@ async fn a_rolling_restart_under_load_loses_nothing() {
         wait_until("the standby has it", async || holds(n).await).await;
         leader = standby;
     }
+    // The pause was for the handovers.
+    Cli::new(&db).run(&["tune", JOB, "batching.pause=0s"]).await.expect(0, "");
     ledger.wait_status("done").await;
     stop.store(true, Ordering::Relaxed);
     let mut acknowledged = 0;

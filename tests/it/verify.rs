@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use backfilld::plan::Facts;
 use backfilld::verify::{Part, Proof};
 
-use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, wait_until};
+use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, has_version, wait_until};
 
 /// The shipped job, held before anything enforcing; with a table of some hundred pages, and chunks of 128.
 pub async fn held() -> (TestDb, Ledger, JobDir) {
@@ -148,6 +148,9 @@ async fn single_rows_that_are_wrong_are_found_with_their_keys_and_a_right_table_
 
 #[tokio::test]
 async fn rows_that_row_level_security_hides_are_an_error_and_never_a_clean_result() {
+    if !has_version(15, "the daemon's login is a superuser there") {
+        return;
+    }
     let (db, ledger, job) = held().await;
     Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(5, "hold point");
     ledger

@@ -336,20 +336,3 @@ impl Ledger {
         .await
     }
 }
-
-/// The schema as `pg_dump` writes it, without what changes from call to call and without our ledger.
-pub fn schema_dump(db: &TestDb, options: &[&str]) -> String {
-    let bin = backfilld::demo::cluster::find_binaries(None).expect("a server");
-    let program = bin.join("pg_dump");
-    let url = db.url(backfilld::demo::cluster::SUPERUSER);
-    let out = std::process::Command::new(program)
-        .args(["--schema-only", "--exclude-schema=backfilld"])
-        .args(options)
-        .env("PGPASSWORD", url.split(':').nth(2).and_then(|s| s.split('@').next()).expect("a password"))
-        .arg(format!("--dbname={url}"))
-        .output()
-        .expect("pg_dump runs");
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let text = String::from_utf8_lossy(&out.stdout);
-    text.lines().filter(|l| !l.contains("restrict ")).collect::<Vec<_>>().join("\n")
-}

@@ -3,13 +3,15 @@
 mod browser;
 mod daemon;
 mod db;
+mod dump;
 mod server;
 mod session;
 mod terminal;
 
 pub use browser::{Browser, free_port};
-pub use daemon::{Cli, Ended, JOB, JobDir, Ledger, Local, Process, run_once, schema_dump, settings};
+pub use daemon::{Cli, Ended, JOB, JobDir, Ledger, Local, Process, run_once, settings};
 pub use db::{Template, TestDb};
-pub use server::{block_on, server};
+pub use dump::schema_dump;
+pub use server::{block_on, has_version, server};
 pub use session::{Session, wait_until};
 pub use terminal::Terminal;

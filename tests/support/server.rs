@@ -118,6 +118,16 @@ async fn collect(url: &str, dead: &[String]) {
     }
 }
 
+/// Whether the server is that new. If not, the caller's test is left out, and this says why.
+pub fn has_version(major: u32, why: &str) -> bool {
+    let version = cluster::server_version(server().cluster.bin()).expect("the server has a version");
+    let is = version.split('.').next().and_then(|v| v.parse().ok()).is_some_and(|v: u32| v >= major);
+    if !is {
+        eprintln!("left out on PostgreSQL {version}: {why}");
+    }
+    is
+}
+
 /// Runs a future to its end from anywhere, also from `drop` inside of a runtime.
 pub fn block_on<T: Send>(future: impl Future<Output = T> + Send) -> T {
     let run = || {

@@ -28,6 +28,9 @@ begin
   -- Who may set the parameters for batches: from version 15 on this can be granted, before it takes a superuser.
   if current_setting('server_version_num')::int >= 150000 then
     execute 'grant set on parameter session_replication_role, wal_compression to backfilld';
+  else
+    -- Then nobody's dedicated login, see login_is_dedicated.
+    alter role backfilld superuser;
   end if;
 end
 $$;
