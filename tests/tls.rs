@@ -18,6 +18,7 @@ use secrecy::SecretString;
 
 const HBA: &str = "\
 local   all all           trust
+local   replication all   trust
 hostssl all onlytls   all scram-sha-256
 hostnossl all onlyplain all scram-sha-256
 hostssl all certified all cert
@@ -108,6 +109,23 @@ impl Server {
         run(command.args(args).current_dir(self.dir.path()));
     }
 
+    /// A hot standby that follows this server, begun with a copy of its data.
+    fn standby(&self) -> Standby<'_> {
+        let (data, copy) = (self.path("data"), self.path("standby"));
+        self.pg("pg_ctl", &["-w", "-s", "-D", &data, "-m", "fast", "stop"]);
+        self.pg("cp", &["-a", &data, &copy]);
+        fs::write(format!("{copy}/standby.signal"), "").unwrap();
+        let conninfo = format!("host={} port={} user=postgres", self.dir.path().display(), self.port);
+        fs::write(format!("{copy}/postgresql.auto.conf"), format!("primary_conninfo = '{conninfo}'\n")).unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let standby = Standby { primary: self, port };
+        for (data, log, port) in [(data, "log", self.port), (copy, "standby.log", port)] {
+            let (log, port) = (self.path(log), format!("-p {port}"));
+            self.pg("pg_ctl", &["-w", "-s", "-D", &data, "-l", &log, "-o", &port, "start"]);
+        }
+        standby
+    }
+
     /// Settings for `user@host` with `parameters` in the URL.
     fn settings(&self, user: &str, host: &str, parameters: &str) -> DatabaseSettings {
         let url = format!("postgresql://{user}:{PASSWORD}@{host}:{}/app?{parameters}", self.port);
@@ -133,6 +151,18 @@ impl Drop for Server {
         if self.dir.path().join("data/postmaster.pid").exists() {
             self.pg("pg_ctl", &["-s", "-D", &self.path("data"), "-m", "immediate", "stop"]);
         }
+    }
+}
+
+/// Stopped when dropped; its files are the primary's to delete.
+struct Standby<'a> {
+    primary: &'a Server,
+    port: u16,
+}
+
+impl Drop for Standby<'_> {
+    fn drop(&mut self) {
+        self.primary.pg("pg_ctl", &["-s", "-D", &self.primary.path("standby"), "-m", "immediate", "stop"]);
     }
 }
 
@@ -333,6 +363,59 @@ async fn refused_logins_and_unreachable_servers_say_why() {
     // An unreachable host among several does not matter.
     let both = format!("port=1,{}&host=localhost,localhost", s.port);
     s.connect("app", "localhost", &both).await.unwrap();
+}
+
+#[tokio::test]
+async fn among_several_hosts_the_primary_is_found_and_a_standby_is_called_read_only() {
+    let s = Server::start(None);
+    let standby = s.standby();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let hosts = |ports: &[u16], attrs: &str| {
+        let (names, ports): (Vec<_>, Vec<_>) = ports.iter().map(|port| ("localhost", port.to_string())).unzip();
+        let (names, ports) = (names.join(","), ports.join(","));
+        format!("host={names}&port={ports}&target_session_attrs={attrs}&connect_timeout=5")
+    };
+    let is_standby = async |parameters: &str| {
+        let session = s.connect("app", "localhost", parameters).await.unwrap();
+        session.client.query_typed("select pg_catalog.pg_is_in_recovery()", &[]).await.unwrap()[0].get::<_, bool>(0)
+    };
+    assert!(!is_standby(&hosts(&[standby.port, s.port], "read-write")).await);
+    assert!(is_standby(&hosts(&[s.port, standby.port], "read-only")).await);
+    // Neither one that refuses nor one that says nothing is in the way.
+    let quick = |parameters: String| parameters.replace("connect_timeout=5", "connect_timeout=1");
+    let silent = silent.local_addr().unwrap().port();
+    assert!(!is_standby(&quick(hosts(&[1, silent, standby.port, s.port], "read-write"))).await);
+
+    let e = s.refusal("app", "localhost", &hosts(&[standby.port], "read-write")).await;
+    assert!(e.contains(&format!("localhost:{}", standby.port)) && e.contains("the server is read-only"), "{e}");
+    assert!(e.contains("target_session_attrs") && e.contains("name the right host, or several"), "{e}");
+    let e = s.refusal("app", "localhost", &hosts(&[1, standby.port], "read-write")).await;
+    assert!(e.contains("none of 2 hosts") && e.contains("refused") && e.contains("read-only"), "{e}");
+
+    // Who does not ask for a kind of server lands on the standby, and is told what to set.
+    let job = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/jobs/messages_auth_user_id");
+    let url = format!("postgresql://app:{PASSWORD}@localhost:{},localhost:{}/app", standby.port, s.port);
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_backfilld"));
+    daemon.env("BACKFILLD_DATABASE__URL", url).env("BACKFILLD_HTTP__LISTEN", "off");
+    let ran = daemon.args(["run", "--once", job]).output().unwrap();
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(5), "{said}");
+    assert!(said.contains("this server is read-only") && said.contains("target_session_attrs=read-write"), "{said}");
+}
+
+#[tokio::test]
+async fn tls_without_asking_first_works_from_17_on_and_is_explained_before() {
+    let s = Server::start(Some(for_localhost));
+    let plain = s.connect("app", "localhost", "sslmode=disable").await.unwrap();
+    let direct = format!("sslmode=verify-full&sslrootcert={}&sslnegotiation=direct", s.path("ca.crt"));
+    if plain.server_version_num >= 170_000 {
+        assert!(uses_tls(&s.connect("app", "localhost", &direct).await.unwrap()).await);
+        let e = s.refusal("app", "127.0.0.1", &direct).await;
+        assert!(e.contains("not for 127.0.0.1"), "{e}");
+    } else {
+        let e = s.refusal("app", "localhost", &direct).await;
+        assert!(e.contains("sslnegotiation=direct needs PostgreSQL 17"), "{e}");
+    }
 }
 
 #[tokio::test]

@@ -71,6 +71,9 @@ pub(super) fn explain(error: &tokio_postgres::Error, place: &Place<'_>) -> Error
         let (reason, hint) = tls_reason(e, place);
         return place.error(&reason).with_hint(hint);
     }
+    if place.target.tls.direct && (is_tls(error) || error.is_closed()) {
+        return place.error("the server ends the connection instead of speaking TLS at once").with_hint(DIRECT_HINT);
+    }
     let text = innermost(error);
     if is_tls(error) {
         let hint = "the server has TLS switched off, or a proxy in front of it has; switch it on, or set database.sslmode \
@@ -102,6 +105,8 @@ pub(super) fn explain(error: &tokio_postgres::Error, place: &Place<'_>) -> Error
 
 const PASSWORD_HINT: &str =
     "set database.password_file, BACKFILLD_DATABASE__PASSWORD, PGPASSWORD, or a line in ~/.pgpass (mode 0600)";
+const DIRECT_HINT: &str = "sslnegotiation=direct needs PostgreSQL 17 or later with TLS, and no pooler or proxy in between that \
+                           lacks it; leave it out to ask for TLS first";
 const CLOSED_HINT: &str = "the server or a proxy hung up before the login was done; its log has the reason. Check that the port is \
                            PostgreSQL's, and that a pooler in between knows this database and role";
 
