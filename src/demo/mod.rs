@@ -78,11 +78,6 @@ pub struct DemoWorld {
 }
 
 impl DemoWorld {
-    /// The daemon's own login in the application's database.
-    pub fn daemon_url(&self) -> String {
-        self.cluster.url(sample::DAEMON, DATABASE)
-    }
-
     /// A superuser's login in the application's database.
     pub fn admin_url(&self) -> String {
         self.cluster.url(SUPERUSER, DATABASE)
@@ -229,13 +224,17 @@ async fn interrupt() -> Result<()> {
 }
 
 fn how_to_connect(cluster: &Cluster) -> String {
+    let url = |role| cluster.url(role, DATABASE);
+    // The version was read before; where it cannot be, the login is taken for a shared one, which is always right.
+    let version = cluster::server_version(cluster.bin()).unwrap_or_default();
+    let dedicated = if sample::login_is_dedicated(&version) { " BACKFILLD_DATABASE__DEDICATED_LOGIN=true" } else { "" };
     format!(
-        "the server is running; its log is {}\n  as superuser:  psql '{}'\n  as the daemon: psql '{}'\n  \
-         as the API:    psql '{}'",
+        "the server is running; its log is {}\n  as superuser:  psql '{}'\n  as the API:    psql '{}'\n  \
+         as the daemon: export BACKFILLD_DATABASE__URL='{}'{dedicated}",
         cluster.dir().join("server.log").display(),
-        cluster.url(SUPERUSER, DATABASE),
-        cluster.url(sample::DAEMON, DATABASE),
-        cluster.url(sample::AUTHENTICATOR, DATABASE),
+        url(SUPERUSER),
+        url(sample::AUTHENTICATOR),
+        url(sample::DAEMON),
     )
 }
 
