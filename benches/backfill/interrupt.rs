@@ -1,4 +1,4 @@
-//! How fast the daemon leaves on SIGTERM, and how fast one is at work again after `kill -9`.
+//! How fast the daemon leaves on SIGTERM, how fast a standby then works, and how fast one is at work again after `kill -9`.
 
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,8 @@ pub async fn run(world: &World, runs: u32, report: &mut Report) -> Result<()> {
     let case = Case { world, db: &db, job: Job { hold_before: "\"constrain\"", batching: &batching } };
 
     let mut stop = Vec::new();
+    let mut leased = Vec::new();
+    let mut worked = Vec::new();
     let mut same = Vec::new();
     let mut other = Vec::new();
     let mut daemon = case.start("a", 3).await?;
@@ -28,6 +30,12 @@ pub async fn run(world: &World, runs: u32, report: &mut Report) -> Result<()> {
         // Another moment of the batch each time.
         tokio::time::sleep(Duration::from_millis(u64::from(i) * 17 % 100)).await;
         stop.push(daemon.terminate().await?.as_secs_f64());
+        daemon = case.start("a", 3).await?;
+        let (lease, work, standby) = case.hand_over(daemon, "b").await?;
+        leased.push(lease.as_secs_f64());
+        worked.push(work.as_secs_f64());
+        daemon = standby;
+        daemon.terminate().await?;
         daemon = case.start("a", 3).await?;
         same.push(case.kill_and_start(daemon, "a").await?.as_secs_f64());
         daemon = case.start("a", 0).await?;
@@ -42,10 +50,13 @@ pub async fn run(world: &World, runs: u32, report: &mut Report) -> Result<()> {
     };
     let rows = vec![
         line("SIGTERM to exit", &stop),
+        line("SIGTERM to standby's lease", &leased),
+        line("SIGTERM to standby's first batch", &worked),
         line("kill -9, same instance", &same),
         line("kill -9, other, ttl 5 s", &other),
     ];
-    let data = json!({ "sigterm_to_exit_s": stop, "kill_same_instance_s": same, "kill_other_instance_s": other });
+    let data = json!({ "sigterm_to_exit_s": stop, "sigterm_to_standby_lease_s": leased,
+        "sigterm_to_standby_batch_s": worked, "kill_same_instance_s": same, "kill_other_instance_s": other });
     report.add("interrupt", Table { title: "Seconds", head: vec!["median", "max"], rows }, data);
     Ok(())
 }
@@ -73,6 +84,43 @@ impl Case<'_> {
             }
             if daemon.has_ended()? || began.elapsed() > Duration::from_secs(60) {
                 return Err(daemon.failed("does no batches"));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// From SIGTERM of the daemon, beside which a standby waits, to the standby's lease and to its first committed batch.
+    async fn hand_over(&self, mut leader: Daemon, name: &str) -> Result<(Duration, Duration, Daemon)> {
+        let mut standby = self.spawn(name)?;
+        let began = Instant::now();
+        let waiting = "select count(*) from pg_stat_activity where datname = current_database()
+                       and application_name like 'backfilld/%/heartbeat'";
+        while self.db.admin.query_one(waiting, &[]).await?.get::<_, i64>(0) < 2 {
+            if standby.has_ended()? || began.elapsed() > Duration::from_secs(60) {
+                return Err(standby.failed("does not wait as a standby"));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // It has looked for the lease at least once by then, and sleeps.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let (epoch, _) = self.position().await?;
+        let began = Instant::now();
+        let signal = std::process::Command::new("kill").arg(leader.child.id().to_string()).status();
+        signal.map_err(|e| Error::internal("cannot run kill").with_source(e))?;
+        let mut leased: Option<(Duration, i64)> = None;
+        loop {
+            let (now, done) = self.position().await?;
+            match leased {
+                None if now > epoch => leased = Some((began.elapsed(), done)),
+                Some((lease, before)) if done > before => {
+                    let work = began.elapsed();
+                    leader.wait().await?;
+                    return Ok((lease, work, standby));
+                }
+                _ if standby.has_ended()? || began.elapsed() > Duration::from_secs(60) => {
+                    return Err(standby.failed("does not take over"));
+                }
+                _ => {}
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
