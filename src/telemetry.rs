@@ -1,6 +1,8 @@
 //! Logging: one event per thing that happened, to stderr. stdout is for data. The last events are kept in memory for the
 //! status page, whatever level the log has.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -22,6 +24,7 @@ use crate::terminal::Above;
 /// logging was started before.
 pub fn init(settings: &LogSettings, tty: bool) -> Result<()> {
     let filter = log_filter(&settings.level)?;
+    JSON.store(settings.format == LogFormat::Json, Ordering::Relaxed);
     let json = match settings.format {
         LogFormat::Json => true,
         LogFormat::Text => false,
@@ -38,6 +41,31 @@ pub fn init(settings: &LogSettings, tty: bool) -> Result<()> {
         .with(Recent.with_filter(filter_fn(is_news)))
         .try_init()
         .map_err(|e| Error::internal("logging was started twice").with_source(e))
+}
+
+/// JSON was asked for by name.
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// Whether the settings ask for JSON by name. Whoever left the choice to us reads a command's error as text.
+pub fn is_json() -> bool {
+    JSON.load(Ordering::Relaxed)
+}
+
+/// The error that ends a command, as one more line of a log in JSON.
+pub fn error_line(e: &Error) -> String {
+    let mut line = serde_json::json!({
+        "timestamp": jiff::Timestamp::now().to_string(),
+        "level": "ERROR",
+        "target": "backfilld",
+        "message": e.line(),
+        "exit_code": e.kind().exit_code(),
+    });
+    for (name, value) in [("hint", e.hint()), ("sqlstate", e.sqlstate())] {
+        if let Some(value) = value {
+            line[name] = value.into();
+        }
+    }
+    line.to_string()
 }
 
 fn is_news(m: &Metadata<'_>) -> bool {
@@ -122,6 +150,15 @@ mod tests {
         let fields = serde_json::json!({"job": "kept", "rows": 3, "share": 0.5, "code": "40P01"});
         assert_eq!(Value::Object(event.fields.clone()), fields);
         assert!(progress::events().iter().all(|e| !["again", "a batch", "not ours"].contains(&e.message.as_str())));
+    }
+
+    #[test]
+    fn the_last_error_is_a_line_with_what_a_person_would_be_told() {
+        let e = Error::input("cannot read job").with_source(std::io::Error::other("gone")).with_hint("name\nit");
+        let line: Value = serde_json::from_str(&error_line(&e.with_sqlstate("42P01"))).unwrap();
+        let expected = ["cannot read job: gone (SQLSTATE 42P01)", "name\nit", "42P01", "ERROR"];
+        assert_eq!(["message", "hint", "sqlstate", "level"].map(|k| line[k].as_str().unwrap()), expected);
+        assert_eq!(line["exit_code"], 2);
     }
 
     #[test]

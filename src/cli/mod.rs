@@ -128,6 +128,9 @@ pub fn command() -> clap::Command {
 /// Parses the command line, runs the command, and turns its result into output and an exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    // What is wrong with the settings themselves has to be said before they are known.
+    let format = cli.global.log_format.clone().or_else(|| std::env::var("BACKFILLD_LOG__FORMAT").ok());
+    let wants_json = format.is_some_and(|f| f == "json");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // One job is one session at a time; the second thread keeps heartbeat and metrics alive under load.
         .worker_threads(2)
@@ -140,8 +143,10 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            let json = wants_json || crate::telemetry::is_json();
+            let text = if json { crate::telemetry::error_line(&e) } else { e.render() };
             // A closed stderr is no reason to fail differently.
-            let _ = writeln!(std::io::stderr(), "{}", e.render());
+            let _ = writeln!(std::io::stderr(), "{text}");
             ExitCode::from(e.kind().exit_code())
         }
     }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tracing::{error, info, warn};
+use tracing::{Instrument as _, error, info, info_span, warn};
 
 use crate::context::{Context, Outcome};
 use crate::cutover::{constrain, flip};
@@ -117,7 +117,9 @@ impl Phases<'_> {
         }
         let began = Instant::now();
         info!(job = ctx.job(), phase = %job.phase, "phase begins");
-        match self.phase(job.phase).await {
+        // What is said meanwhile carries the phase, whoever says it.
+        let span = info_span!("phase", job = ctx.job(), phase = %job.phase);
+        match self.phase(job.phase).instrument(span).await {
             Ok(Outcome::Complete) => self.advance(job.phase, job.phase.next(), began.elapsed()).await,
             Ok(Outcome::BackTo(phase)) => self.advance(job.phase, phase, began.elapsed()).await,
             Ok(Outcome::StatusChanged) => Ok(()),

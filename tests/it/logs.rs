@@ -24,6 +24,8 @@ async fn every_line_of_a_run_is_a_json_object_that_names_the_job_and_phases_have
         }
         assert_eq!(line["job"], JOB, "{line}");
     }
+    let within: Vec<&str> = lines.iter().filter_map(|l| l["span"]["phase"].as_str()).collect();
+    assert!(within.contains(&"backfill") && within.contains(&"verify"), "{lines:#?}");
     let phases: Vec<&str> = lines
         .iter()
         .filter(|l| l["message"] == "phase complete")
