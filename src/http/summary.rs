@@ -132,7 +132,7 @@ fn next(s: &Snapshot) -> Next {
         "paused" => say(hint("Let it go on:"), "resume"),
         "rolled_back" => say("To run it again, forget it first:".into(), "uninstall"),
         "done" => say("Nothing has to be done. To prove the data again, whenever you like:".into(), "verify"),
-        "running" if s.quarantined > 0 => say("See which rows, and why:".into(), "status"),
+        "running" if s.quarantined > 0 => say("See which rows, and why:".into(), "quarantine list"),
         "running" => say("Nothing has to be done. To stop after the batch in flight:".into(), "pause"),
         _ => Next { text: "Nothing has to be done.".into(), command: String::new() },
     }

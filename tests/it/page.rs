@@ -1,5 +1,6 @@
 //! The status page in a real browser, in front of a real daemon.
 
+use backfilld::demo::sample::DAEMON;
 use serde_json::json;
 
 use crate::support::{Browser, Cli, JOB, JobDir, Ledger, Process, Template, TestDb, free_port, wait_until};
@@ -58,6 +59,7 @@ async fn the_page_tells_a_stranger_how_it_stands_while_it_changes_and_when_the_d
     cli.run(&["pause", JOB, "--reason", evil]).await.expect(0, "");
     shows(&browser, "headline", evil).await;
     shows(&browser, "command", &format!("backfilld resume {JOB}")).await;
+    shows(&browser, "wait", "an operator").await;
     assert_eq!(browser.eval("[document.images.length, window.evil === undefined]").await, json!([0, true]));
 
     // On a phone, too, and in the dark.
@@ -103,4 +105,43 @@ async fn the_page_tells_a_stranger_how_it_stands_while_it_changes_and_when_the_d
         process.signal("TERM");
         process.ended().await;
     }
+}
+
+/// Answers to fifty requests for the page's JSON, over one connection.
+async fn fifty(port: u16) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.expect("it listens");
+    for i in 0..50 {
+        let last = if i == 49 { "close" } else { "keep-alive" };
+        let request = format!("GET /api/v1/status HTTP/1.1\r\nhost: localhost\r\nconnection: {last}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+    }
+    let mut answers = String::new();
+    stream.read_to_string(&mut answers).await.expect("answered");
+    assert_eq!(answers.matches("HTTP/1.1 200").count(), 50, "{answers}");
+}
+
+#[tokio::test]
+async fn the_page_costs_the_database_no_query() {
+    let (db, job) = (TestDb::new(Template::Rows(200)).await, JobDir::with("hold_before = [\"backfill\"]"));
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let cli = Cli::new(&db).env("BACKFILLD_HTTP__LISTEN", &listen).env("BACKFILLD_LEASE__TTL", "60s");
+    let daemon = cli.start(&["run", job.path()]);
+    let ledger = Ledger::new(&db).await;
+    ledger.wait_status("held").await;
+    // The daemon has queries of its own, about two a second. Between them there is a time for fifty requests in which no
+    // session of it begins one; if a request cost a query, there would be none.
+    let begun = format!(
+        "select (extract(epoch from max(query_start)) * 1000000)::int8 from pg_stat_activity
+                 where datname = current_database() and usename = '{DAEMON}'"
+    );
+    wait_until("fifty requests pass without a query", async || {
+        let before = ledger.number(&begun).await;
+        fifty(port).await;
+        ledger.number(&begun).await == before
+    })
+    .await;
+    daemon.signal("TERM");
+    daemon.ended().await;
 }

@@ -19,6 +19,9 @@ let failing = null;   // since when there is none
 
 const $ = (id) => document.getElementById(id);
 
+/** In these states nothing happens before somebody says so. */
+const STANDS = ["paused", "held", "failed"];
+
 /** Sets a text only where it changed, so that nothing flickers and screen readers stay quiet. */
 function put(id, text) {
   const element = typeof id === "string" ? $(id) : id;
@@ -110,7 +113,7 @@ function drawTiles(s) {
   const sizes = s.batch_p99_ms === null ? "" : `batches: p50 ${millis(s.batch_p50_ms)}, p99 ${millis(s.batch_p99_ms)}`;
   put("size", sizes + (s.lanes.length > 1 ? `, ${s.lanes.length} lanes` : ""));
   $("wait-tile").classList.toggle("waits", Boolean(why));
-  put("wait", why ? why.signal : "nothing");
+  put("wait", why ? why.signal : STANDS.includes(s.status) ? "an operator" : "nothing");
   put("wait-why", why ? s.waiting.map((w) => w.text).join("; ") : s.note);
 }
 
@@ -142,7 +145,7 @@ function drawProofs(s) {
     item.append(` ${p.kind}: ${number(p.checked)} compared at ${clock(p.at_ms, true)} in ${span(p.duration_ms / 1000)}`);
     const found = Object.entries(p.findings).filter(([, n]) => n > 0);
     const looked = Object.keys(p.findings).join(", ");
-    item.append(make("div", found.length ? found.map(([k, n]) => `${k} ${number(n)}`).join(", ") : `found nothing (${looked})`, "small"));
+    item.append(make("div", found.length ? found.map(([k, n]) => `${k} ${number(n)}`).join(", ") : looked ? `found nothing (${looked})` : "found nothing", "small"));
     return item;
   });
   if (!items.length) items.push(make("li", "Nothing is proven yet; verify comes after the backfill.", "small"));
