@@ -21,6 +21,7 @@ pub mod job;
 pub mod ledger;
 pub mod live;
 pub mod metrics;
+mod pem;
 pub mod pg;
 pub mod phase;
 pub mod plan;

@@ -1,5 +1,6 @@
 //! `backfilld run`: the daemon.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use super::service_manager::ServiceManager;
 use super::view::{self, Look};
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
-use crate::http::{self, HttpState, Pulse, Readiness};
+use crate::http::{self, HttpState, Pulse, Readiness, TlsFiles};
 use crate::phase::Status;
 use crate::progress::{self, Progress};
 use crate::settings::LogFormat;
@@ -39,7 +40,10 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     signals(job.clone(), daemon.shutdown.clone())?;
     let http_stop = CancellationToken::new();
     let pulse = Pulse::new();
-    let server = serve_http(&daemon, &pulse, http_stop.clone()).await?;
+    let server = match http_state(&daemon, &pulse)? {
+        Some((address, state)) => Some(http::serve_when_free(address, state, http_stop.clone()).await?),
+        None => None,
+    };
     if let Some(manager) = ServiceManager::of_this_process() {
         tokio::spawn(manager.tell(pulse.clone(), daemon.progress.clone(), daemon.shutdown.clone()));
     }
@@ -69,8 +73,13 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     }
 }
 
-/// Metrics and health, if the settings want them.
+/// Status page, metrics and health, if the settings want them; an error if the port is in use.
 pub async fn serve_http(daemon: &Daemon, pulse: &Pulse, stop: CancellationToken) -> Result<Option<JoinHandle<()>>> {
+    let Some((address, state)) = http_state(daemon, pulse)? else { return Ok(None) };
+    Ok(Some(http::serve(address, state, stop).await?.1))
+}
+
+fn http_state(daemon: &Daemon, pulse: &Pulse) -> Result<Option<(SocketAddr, HttpState)>> {
     let handle =
         metrics::install().map_err(|e| Error::internal("cannot install the metrics recorder").with_source(e))?;
     let Some(address) = daemon.settings.http.address()? else { return Ok(None) };
@@ -80,8 +89,10 @@ pub async fn serve_http(daemon: &Daemon, pulse: &Pulse, stop: CancellationToken)
         async move { readiness(&pool).await }
     });
     let token = daemon.settings.http.read_token()?;
-    let state = state.with_pulse(pulse.clone()).with_token(token.as_ref());
-    Ok(Some(http::serve(address, state, stop).await?.1))
+    let http = &daemon.settings.http;
+    let tls = http.tls_cert.clone().zip(http.tls_key.clone()).map(|(cert, key)| TlsFiles { cert, key });
+    let state = state.with_pulse(pulse.clone()).with_token(token.as_ref()).with_tls(tls);
+    Ok(Some((address, state)))
 }
 
 async fn readiness(pool: &crate::pg::pool::Pool) -> Readiness {

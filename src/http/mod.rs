@@ -8,8 +8,10 @@ mod page;
 mod process;
 mod series;
 mod summary;
+mod tls;
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +28,7 @@ use secrecy::SecretString;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
@@ -33,14 +36,19 @@ use crate::progress::Progress;
 use access::{Access, Answer};
 use health::Ready;
 use series::Series;
+use tls::TlsListener;
 
 pub use health::{Pulse, Readiness};
 pub use summary::{Mood, Summary};
+pub use tls::TlsFiles;
 
 /// The exposition format of Prometheus that we render.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Open requests get this long at shutdown; scrapes take milliseconds.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
+
+/// A port that is in use is tried again so often: it costs nothing, and who has freed it wants to see something.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
 
 /// Sent with every response: nothing here is to be cached, sniffed, framed or run.
 const SECURITY_HEADERS: [(HeaderName, &str); 6] = [
@@ -61,6 +69,7 @@ pub struct HttpState {
     progress: Progress,
     series: Arc<Series>,
     access: Access,
+    tls: Option<TlsFiles>,
 }
 
 impl HttpState {
@@ -78,7 +87,14 @@ impl HttpState {
             progress,
             series: Arc::default(),
             access: Access::new(None),
+            tls: None,
         }
+    }
+
+    /// Speaks TLS.
+    #[must_use]
+    pub fn with_tls(self, tls: Option<TlsFiles>) -> Self {
+        Self { tls, ..self }
     }
 
     /// Asks for this token, but for health.
@@ -98,21 +114,64 @@ impl HttpState {
 /// (the port is the system's choice where `listen` has port 0) and the server's task.
 ///
 /// # Errors
-/// [`Kind::Input`](crate::Kind::Input) naming `http.listen` if the address cannot be listened on.
+/// [`Kind::Input`](crate::Kind::Input) naming `http.listen` if the address cannot be listened on, or the file that TLS
+/// cannot be had with.
 pub async fn serve(
     listen: SocketAddr,
     state: HttpState,
     stop: CancellationToken,
 ) -> Result<(SocketAddr, JoinHandle<()>)> {
-    let listener = TcpListener::bind(listen).await.map_err(|e| {
-        let hint = match e.kind() {
-            std::io::ErrorKind::AddrInUse => "another backfilld may be running; choose another port, or off",
-            std::io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; choose a higher one",
-            std::io::ErrorKind::AddrNotAvailable => "this machine does not have that address",
-            _ => "choose another address, or off",
+    let acceptor = state.tls.as_ref().map(tls::acceptor).transpose()?;
+    let listener = TcpListener::bind(listen).await.map_err(|e| cannot_listen(listen, e))?;
+    serve_on(listener, acceptor, state, stop)
+}
+
+/// As [`serve`], but a port that somebody else uses is waited for, with one warning: who cannot be watched still works.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_when_free(listen: SocketAddr, state: HttpState, stop: CancellationToken) -> Result<JoinHandle<()>> {
+    let acceptor = state.tls.as_ref().map(tls::acceptor).transpose()?;
+    let in_use = match TcpListener::bind(listen).await {
+        Ok(listener) => return Ok(serve_on(listener, acceptor, state, stop)?.1),
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => cannot_listen(listen, e),
+        Err(e) => return Err(cannot_listen(listen, e)),
+    };
+    let job = state.progress.now().job;
+    tracing::warn!(job, "{}; no status page, metrics and health until it is free", in_use.line());
+    Ok(tokio::spawn(async move {
+        let listener = loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(TRY_AGAIN) => {}
+            }
+            if let Ok(listener) = TcpListener::bind(listen).await {
+                break listener;
+            }
         };
-        Error::input(format!("`http.listen`: cannot listen on {listen}")).with_source(e).with_hint(hint)
-    })?;
+        match serve_on(listener, acceptor, state, stop) {
+            Ok((_, task)) => drop(task.await),
+            Err(e) => tracing::error!(job, "{}", e.line()),
+        }
+    }))
+}
+
+fn cannot_listen(listen: SocketAddr, e: io::Error) -> Error {
+    let hint = match e.kind() {
+        io::ErrorKind::AddrInUse => "another backfilld may be running; choose another port, or off",
+        io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; choose a higher one",
+        io::ErrorKind::AddrNotAvailable => "this machine does not have that address",
+        _ => "choose another address, or off",
+    };
+    Error::input(format!("`http.listen`: cannot listen on {listen}")).with_source(e).with_hint(hint)
+}
+
+fn serve_on(
+    listener: TcpListener,
+    acceptor: Option<TlsAcceptor>,
+    state: HttpState,
+    stop: CancellationToken,
+) -> Result<(SocketAddr, JoinHandle<()>)> {
     let address = listener.local_addr().map_err(|e| Error::internal("no local address").with_source(e))?;
     let pulse = state.pulse.clone();
     let (series, progress) = (Arc::clone(&state.series), state.progress.clone());
@@ -127,8 +186,9 @@ pub async fn serve(
         );
     }
     let app = router(HttpState { access, ..state });
+    let scheme = if acceptor.is_some() { "https" } else { "http" };
     let task = tokio::spawn(async move {
-        let server = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
+        let server = answer(listener, acceptor, app, stop.clone());
         let grace_is_over = async {
             stop.cancelled().await;
             tokio::time::sleep(SHUTDOWN_GRACE).await;
@@ -142,8 +202,23 @@ pub async fn serve(
             () = series.keep(&progress) => {}
         }
     });
-    tracing::info!(job, %address, "http listening");
+    tracing::info!(job, %address, scheme, "http listening");
     Ok((address, task))
+}
+
+async fn answer(
+    listener: TcpListener,
+    acceptor: Option<TlsAcceptor>,
+    app: Router,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    match acceptor {
+        None => axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await,
+        Some(acceptor) => {
+            let listener = TlsListener::new(listener, acceptor);
+            axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await
+        }
+    }
 }
 
 fn router(state: HttpState) -> Router {

@@ -5,20 +5,19 @@
 //! subject alternative names may name its host in the common name.
 
 use std::fmt;
-use std::path::Path;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme, version};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use x509_cert::der::Decode as _;
 
 use crate::error::{Error, Result};
+use crate::pem::{certificates, private_key};
 use crate::settings::{Roots, SslMode, TlsSpec};
 
 /// Protocol name of PostgreSQL in TLS, needed when TLS begins without asking first (PostgreSQL 17).
@@ -39,12 +38,12 @@ pub(super) fn connector(spec: &TlsSpec) -> Result<MakeRustlsConnect> {
         .with_custom_certificate_verifier(verifier(spec, &provider)?);
     let mut config = match &spec.client {
         None => builder.with_no_client_auth(),
-        Some((cert, key)) => {
-            builder.with_client_auth_cert(certificates("database.sslcert", cert)?, private_key(key)?).map_err(|e| {
+        Some((cert, key)) => builder
+            .with_client_auth_cert(certificates("database.sslcert", cert)?, private_key("database.sslkey", key)?)
+            .map_err(|e| {
                 Error::input(format!("`database.sslkey`: {} does not belong to {}", key.display(), cert.display()))
                     .with_source(e)
-            })?
-        }
+            })?,
     };
     if spec.direct {
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -73,19 +72,6 @@ fn verifier(spec: &TlsSpec, provider: &CryptoProvider) -> Result<Arc<dyn ServerC
     Ok(Arc::new(Verify { roots, pinned, check_name, algorithms }))
 }
 
-fn certificates(setting: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let failed = |e| {
-        Error::input(format!("`{setting}`: cannot read certificates from {}", path.display()))
-            .with_source(e)
-            .with_hint("expected a PEM file with at least one BEGIN CERTIFICATE block")
-    };
-    let found: Vec<_> = CertificateDer::pem_file_iter(path).and_then(|certs| certs.collect()).map_err(failed)?;
-    if found.is_empty() {
-        return Err(failed(rustls::pki_types::pem::Error::NoItemsFound));
-    }
-    Ok(found)
-}
-
 fn system_certificates() -> Result<Vec<CertificateDer<'static>>> {
     let found = rustls_native_certs::load_native_certs();
     for e in &found.errors {
@@ -97,20 +83,6 @@ fn system_certificates() -> Result<Vec<CertificateDer<'static>>> {
         ));
     }
     Ok(found.certs)
-}
-
-/// Reads a key, and like libpq refuses one that others can read; root's may be readable by its group.
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
-    use std::os::unix::fs::MetadataExt as _;
-    let wrong = |what: &str| Error::input(format!("`database.sslkey`: {}: {what}", path.display()));
-    let meta = std::fs::metadata(path).map_err(|e| wrong("cannot read").with_source(e))?;
-    let forbidden = if meta.uid() == 0 { 0o037 } else { 0o077 };
-    if meta.mode() & forbidden != 0 {
-        return Err(wrong("the key is accessible to others")
-            .with_hint(format!("chmod 0600 {}, or 0640 if root owns it", path.display())));
-    }
-    PrivateKeyDer::from_pem_file(path)
-        .map_err(|e| wrong("expected an unencrypted private key in PEM format").with_source(e))
 }
 
 /// Encryption without identity: what disable to require ask for.

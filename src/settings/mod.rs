@@ -161,7 +161,7 @@ pub enum SslMode {
 #[serde(default, deny_unknown_fields)]
 pub struct HttpSettings {
     /// Address and port for the status page, /metrics, /healthz and /readyz; `off` or nothing for none. Nothing can be
-    /// changed over it. Where others reach the address, the page is served only with a token.
+    /// changed over it. Where others reach the address, the page is served only with a token, and over TLS.
     pub listen: String,
     /// Token that page and metrics ask for: as bearer token, or as the password of any user in a browser. Better kept in
     /// `token_file` or the environment than in the settings file.
@@ -170,6 +170,14 @@ pub struct HttpSettings {
     pub token: Option<SecretString>,
     /// File that holds the token and nothing else (one trailing newline is allowed). Read at start.
     pub token_file: Option<PathBuf>,
+    /// Certificate in PEM format, with those that lead to its authority behind it. With it, everything is https. Read at
+    /// start.
+    pub tls_cert: Option<PathBuf>,
+    /// Its key in PEM format, which only the owner may read. Read at start.
+    pub tls_key: Option<PathBuf>,
+    /// A token may come over an address that others reach although nothing encrypts it here: a proxy in front or the
+    /// network itself does.
+    pub plaintext: bool,
 }
 
 /// What is logged and how.
@@ -309,7 +317,14 @@ impl Default for DatabaseSettings {
 
 impl Default for HttpSettings {
     fn default() -> Self {
-        Self { listen: DEFAULT_LISTEN.into(), token: None, token_file: None }
+        Self {
+            listen: DEFAULT_LISTEN.into(),
+            token: None,
+            token_file: None,
+            tls_cert: None,
+            tls_key: None,
+            plaintext: false,
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use secrecy::ExposeSecret as _;
 
-use super::{Settings, conninfo};
+use super::{HttpSettings, Settings, conninfo};
 use crate::error::{Error, Result};
 
 /// Longest instance name in bytes: it is part of `application_name`, which the server cuts at 63.
@@ -71,14 +71,37 @@ impl Settings {
             )
             .with_hint("keep one of the two"));
         }
-        listen_address(&self.http.listen)?;
-        if self.http.token.is_some() && self.http.token_file.is_some() {
+        self.http.validate()?;
+        log_filter(&self.log.level).map(|_| ())
+    }
+}
+
+impl HttpSettings {
+    fn validate(&self) -> Result<()> {
+        let address = listen_address(&self.listen)?;
+        if self.token.is_some() && self.token_file.is_some() {
             return Err(Error::input("`http.token` and `http.token_file`: expected one of them"));
         }
-        if self.http.token.as_ref().is_some_and(|t| t.expose_secret().is_empty()) {
+        if self.token.as_ref().is_some_and(|t| t.expose_secret().is_empty()) {
             return Err(Error::input("`http.token`: expected a token, found nothing"));
         }
-        log_filter(&self.log.level).map(|_| ())
+        match (&self.tls_cert, &self.tls_key) {
+            (Some(_), None) => return Err(Error::input("`http.tls_key`: expected the key of `http.tls_cert`")),
+            (None, Some(_)) => return Err(Error::input("`http.tls_cert`: expected the certificate of `http.tls_key`")),
+            _ => {}
+        }
+        let has_token = self.token.is_some() || self.token_file.is_some();
+        let is_elsewhere = address.is_some_and(|a| !a.ip().is_loopback());
+        if has_token && is_elsewhere && self.tls_cert.is_none() && !self.plaintext {
+            return Err(Error::input(format!(
+                "`http.token`: others reach {}, and a token would cross the network unencrypted",
+                self.listen
+            ))
+            .with_hint(
+                "set http.tls_cert and http.tls_key; or http.plaintext = true, if a proxy or the network encrypts",
+            ));
+        }
+        Ok(())
     }
 }
 
