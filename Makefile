@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-clean check check-deploy release deb bench
+.PHONY: help demo test mutations test-versions test-clean check check-deploy release deb bench
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -22,6 +22,10 @@ demo: ## watch a migration on a real server under live traffic
 test: ## all tests, on a real server that is left running for the next time
 	@scripts/ensure.sh compiler postgres prometheus pgbouncer chromium tmux
 	$(CARGO) test --locked $(TEST_FLAGS)
+
+mutations: ## plant every defect of docs/mutations.md and see who catches it; a few minutes
+	@scripts/ensure.sh compiler postgres
+	$(CARGO) test --locked --test it -- mutations:: --include-ignored
 
 test-versions: ## the integration tests on PostgreSQL 14 to 18 (downloads the servers; long)
 	scripts/test-versions.sh $(VERSIONS)

@@ -6,6 +6,7 @@ use tokio_postgres::Client;
 use super::explain::Explain;
 use super::rules::{Kind, Role};
 use super::session::{Actor, Attempts, Gave, Seeing};
+use super::sets::Differing;
 use super::users::TargetRow;
 use crate::context::Context;
 use crate::error::Result;
@@ -122,7 +123,7 @@ impl Comparer<'_> {
             (true, true) => effect(&seen.before, &seen.after),
         };
         (outcome.only_before, outcome.only_after) = (seen.only_before, seen.only_after);
-        self.judge(c, &mut outcome, effect);
+        self.judge(&c.role.name, &mut outcome, effect);
         if outcome.verdict == "different" {
             outcome.cause = self.explain.select(c.role, &old, person.user.as_deref(), &outcome).await?;
         }
@@ -144,7 +145,7 @@ impl Comparer<'_> {
             if made.verdict == "same" {
                 return Ok(made);
             }
-            self.judge(c, &mut made, effect(&gave[0], &gave[1]));
+            self.judge(&c.role.name, &mut made, effect(&gave[0], &gave[1]));
             if made.verdict == "different" {
                 made.cause = self.explain.write(c.role, &made);
             }
@@ -179,12 +180,12 @@ impl Comparer<'_> {
     }
 
     /// Whether the job accepts a difference.
-    pub fn judge(&self, c: &Compared<'_>, outcome: &mut Outcome, effect: Effect) {
+    pub fn judge(&self, role: &str, outcome: &mut Outcome, effect: Effect) {
         effect.as_str().clone_into(&mut outcome.effect);
         let accepted = self.access.accept.iter().find(|a| {
             a.command.as_str() == outcome.command
                 && a.effect == effect
-                && a.role.as_ref().is_none_or(|r| r.as_str() == c.role.name)
+                && a.role.as_ref().is_none_or(|r| r.as_str() == role)
                 && a.attempt.as_ref().is_none_or(|t| {
                     outcome.attempt == *t
                         || outcome.attempt.strip_prefix(t.as_str()).is_some_and(|r| r.starts_with(", "))
@@ -194,6 +195,32 @@ impl Comparer<'_> {
             "accepted".clone_into(&mut outcome.verdict);
             outcome.cause.clone_from(&accept.reason);
         }
+    }
+
+    /// What policies let through by sets, as an outcome.
+    pub fn by_sets(&self, role: &Role, d: &Differing) -> Outcome {
+        let rows = d.rows.map(|n| Gave::Seen(n, 0));
+        let mut outcome = Outcome {
+            role: role.name.clone(),
+            who: "user".into(),
+            user_id: String::new(),
+            command: d.command.to_owned(),
+            attempt: if d.written { "rows as written, all users" } else { "rows there, all users" }.to_owned(),
+            before: rows[0].text(),
+            after: rows[1].text(),
+            verdict: "different".to_owned(),
+            effect: String::new(),
+            only_before: Vec::new(),
+            only_after: Vec::new(),
+            cause: String::new(),
+        };
+        self.judge(&role.name, &mut outcome, effect(&rows[0], &rows[1]));
+        if outcome.verdict == "different" {
+            let some: Vec<&str> = d.users.iter().take(3).map(String::as_str).collect();
+            outcome.cause =
+                format!("{}; {} users, such as {}", self.explain.write(role, &outcome), d.users.len(), some.join(", "));
+        }
+        outcome
     }
 
     /// The writes for a person, from the rows there are.

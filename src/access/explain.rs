@@ -1,14 +1,15 @@
 //! Why access differs, as far as policies, triggers and rows tell.
 
-use tokio_postgres::Client;
 use tokio_postgres::types::Type;
+use tokio_postgres::{Client, GenericClient};
 
+use super::Stage;
 use super::rules::{Role, Rules};
 use super::session::{Actor, Attempts};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::job::access::Access;
-use crate::ledger::access::Outcome;
+use crate::job::access::{Accept, Access, AccessCommand};
+use crate::ledger::access::{self as ledger, Outcome};
 use crate::plan::access_sql::{self, COMMANDS, Rule};
 
 /// How every cause begins that no policy over the new column could remove.
@@ -218,8 +219,37 @@ impl Explain<'_> {
     }
 }
 
+/// Differences that the job accepts and that were tried in vain: functions do not go by the data, so the new one does not do
+/// what it is there for. After the flip nothing is asked of it any more.
+///
+/// # Errors
+/// Database errors.
+pub async fn unmet(ctx: &Context, client: &impl GenericClient, stage: Stage, run: i64) -> Result<Vec<String>> {
+    let mut out = Vec::new();
+    let Some(access) = ctx.spec.access.as_ref().filter(|_| stage == Stage::Before) else { return Ok(out) };
+    let by_function = |a: &&Accept| matches!(a.command, AccessCommand::Call | AccessCommand::Execute);
+    for accept in access.accept.iter().filter(by_function) {
+        let (tried, differed) = ledger::accepted(client, run, accept).await?;
+        if tried > 0 && differed == 0 {
+            out.push(format!(
+                "access.accept: {} {} was to become {}, and in {tried} attempts it did not: the new function does not do what \
+                 it is there for, or the acceptance is not needed",
+                accept.command.as_str(),
+                accept.attempt.as_deref().unwrap_or("of any function"),
+                accept.effect.as_str()
+            ));
+        }
+    }
+    Ok(out)
+}
+
 /// The error of a run in which access differs in `n` ways.
 pub fn failure(ctx: &Context, n: i64, different: &[&Outcome], notes: &[String]) -> Error {
+    if n == 0 {
+        return Error::failed(format!("access: {}", notes.join("; "))).with_hint(
+            "correct the job's functions in a new job, or change [[access.accept]]; then: backfilld resume",
+        );
+    }
     let first = different.first().map_or_else(|| notes.join("; "), |o| o.line());
     let many =
         if n == 1 { "access would change in 1 way".to_owned() } else { format!("access would change in {n} ways") };

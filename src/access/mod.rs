@@ -5,7 +5,7 @@
 //! are rolled back, one user at a time; a user whose result is stored is not tried again after a restart.
 
 mod compare;
-mod explain;
+pub mod explain;
 pub mod probe_role;
 pub mod rules;
 mod session;
@@ -82,12 +82,12 @@ pub async fn is_confirmed(ctx: &Context, client: &Client) -> Result<bool> {
     ledger::holds(client, ctx.job(), Stage::After.as_str(), &rules::basis(ctx, client).await?).await
 }
 
-/// Drops what a killed comparison left, before anything looks at the policies.
+/// Drops what a killed comparison left, before anything looks at the policies; also when the job compares nothing any more.
 ///
 /// # Errors
 /// DDL errors.
 pub async fn clean(ctx: &Context) -> Result<()> {
-    if ctx.spec.access.is_none() {
+    if !probe_role::any_left(ctx).await? {
         return Ok(());
     }
     let mut ddl = ctx.connect_ddl("access-ddl").await?;
@@ -143,7 +143,9 @@ async fn conclude(ctx: &Context, stage: Stage, run: i64, complete: bool, notes: 
     let mut client = ctx.client().await?;
     let tx = client.transaction().await?;
     lease::fence(&*tx, &ctx.lease).await?;
-    let passed = ledger::finish(&*tx, run, complete, notes).await?;
+    let unmet = explain::unmet(ctx, &*tx, stage, run).await?;
+    let notes = &[notes, &unmet].concat();
+    let passed = ledger::finish(&*tx, run, complete && unmet.is_empty(), notes).await?;
     let found = ledger::latest(&*tx, ctx.job(), None).await?.ok_or_else(|| Error::internal("the run is gone"))?;
     let all = ledger::outcomes(&*tx, run, true, LOGGED).await?;
     let detail = serde_json::json!({
@@ -215,6 +217,11 @@ impl Running<'_> {
         let stranger = users::stranger(ctx, client, &people).await?;
         let explain = Explain { ctx, access: self.access, client, rules: &rules, stranger: stranger.clone() };
         let comparer = Comparer { ctx, access: self.access, client, functions, explain };
+        let by_sets = sets
+            .writes
+            .iter()
+            .filter_map(|d| Some(comparer.by_sets(rules.roles.iter().find(|r| r.name == d.role)?, d)));
+        self.store(&by_sets.collect::<Vec<_>>()).await?;
         let sample = people.sample(&sets.differing, self.access.sample as usize);
         if people.owners.is_empty() && self.access.writes {
             notes.push("the target has no rows, so no write could be tried".into());
@@ -433,7 +440,7 @@ impl Running<'_> {
             if before != after {
                 let effect = if after { Effect::Wider } else { Effect::Narrower };
                 outcome.cause = format!("{} grants or revokes EXECUTE", f.file);
-                comparer.judge(c, &mut outcome, effect);
+                comparer.judge(&role.name, &mut outcome, effect);
             }
             out.push(outcome);
         }

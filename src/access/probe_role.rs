@@ -103,6 +103,14 @@ fn may_not(name: &str, role: &str, why: &str) -> Error {
     ))
 }
 
+/// Whether something is left of a run.
+///
+/// # Errors
+/// Database errors.
+pub async fn any_left(ctx: &Context) -> Result<bool> {
+    Ok(!ledger::made(&**ctx.client().await?, ctx.job(), &[ROLE, POLICY]).await?.is_empty())
+}
+
 /// Drops what a run made, also an earlier one that was killed.
 ///
 /// # Errors

@@ -166,6 +166,16 @@ async fn roles(client: &Client, ctx: &Context, access: &Access) -> Result<Vec<Ro
     Ok(out)
 }
 
+/// Roles of `[access]` that no policy stops although the job does not say so, each in a sentence.
+///
+/// # Errors
+/// Database errors; input errors for roles that do not exist.
+pub async fn above_policies(ctx: &Context, client: &Client, access: &Access) -> Result<Vec<String>> {
+    let all = roles(client, ctx, access).await?;
+    let above = all.iter().filter(|r| r.bypasses && r.kind != Kind::Bypass);
+    Ok(above.map(|r| format!("role {} bypasses row level security", r.name)).collect())
+}
+
 async fn trigger_fault(client: &Client, shape: &Shape) -> Result<Option<String>> {
     for trigger in sync_sql::triggers(shape) {
         let enabled: Option<String> = client

@@ -33,13 +33,32 @@ pub struct Sets {
     pub rows: i64,
     /// How long it took.
     pub duration_ms: i64,
-    /// Users who see other rows.
+    /// Users who see other rows, or may write others.
     pub differing: BTreeSet<String>,
+    /// What writes differ in.
+    pub writes: Vec<Differing>,
     /// Why it was not made.
     pub not_made: Option<String>,
 }
 
-/// Compares for each role that acts for users, and each command that goes by rows that are there.
+/// A command for which policies let other rows through.
+#[derive(Debug)]
+pub struct Differing {
+    /// The role.
+    pub role: String,
+    /// The command's keyword.
+    pub command: &'static str,
+    /// Rows as they are written (WITH CHECK), not rows that are there (USING).
+    pub written: bool,
+    /// Rows let through before and after, over all users.
+    pub rows: [i64; 2],
+    /// Users with other rows than before.
+    pub users: Vec<String>,
+}
+
+/// Compares for each role that acts for users, each command, and rows that are there and that are written: those of the table
+/// stand for both. What one UPDATE or DELETE with a condition does is also bounded by the policies for SELECT, one without
+/// is not, and nobody tries that on a whole table; so for writes this is the proof.
 ///
 /// # Errors
 /// Database errors, interrupted.
@@ -50,27 +69,14 @@ pub async fn compare(ctx: &Context, client: &Client, access: &Access, rules: &Ru
         out.not_made = Some("access.user does not say by which expression policies know the user".into());
         return Ok(out);
     };
-    let mut cases: BTreeSet<(String, String)> = BTreeSet::new();
-    for role in rules.roles.iter().filter(|r| r.kind == Kind::User && !r.bypasses) {
-        for (code, _) in access_sql::COMMANDS.iter().filter(|c| c.0 != "a") {
-            let old = access_sql::condition(&rules.of(&rules.before, role), code, false);
-            let new = access_sql::condition(&rules.of(&rules.after, role), code, false);
-            if old != new {
-                cases.insert((old, new));
-            }
-        }
-    }
-    for (n, (old, new)) in cases.iter().enumerate() {
+    for ((old, new), of) in cases(rules) {
         let mut sides = Vec::new();
-        for (which, condition) in [("old", old), ("new", new)] {
-            let bound = match access_sets::bind_user(condition, user) {
-                Ok(bound) => bound,
-                Err(why) => {
-                    out.not_made = Some(format!("the {which} policies cannot be compared by sets: {why}"));
-                    return Ok(out);
-                }
+        for (which, condition) in [("old", &old), ("new", &new)] {
+            let seen = match access_sets::bind_user(condition, user) {
+                Ok(bound) => one(ctx, client, access, &bound, people).await?,
+                Err(why) => Err(why),
             };
-            match one(ctx, client, access, &bound, people).await? {
+            match seen {
                 Ok(seen) => sides.push(seen),
                 Err(why) => {
                     out.not_made = Some(format!("the {which} policies cannot be compared by sets: {why}"));
@@ -79,13 +85,46 @@ pub async fn compare(ctx: &Context, client: &Client, access: &Access, rules: &Ru
             }
         }
         let (old, new) = (&sides[0], &sides[1]);
-        if n == 0 {
-            out.rows = old.values().map(|s| s.0).sum();
+        let rows = [old, new].map(|side| side.values().map(|s| s.0).sum());
+        if of.iter().any(|c| c.1 == "select") {
+            out.rows = rows[0];
         }
-        out.differing.extend(old.keys().chain(new.keys()).filter(|u| old.get(*u) != new.get(*u)).cloned());
+        let users: BTreeSet<String> =
+            old.keys().chain(new.keys()).filter(|u| old.get(*u) != new.get(*u)).cloned().collect();
+        if users.is_empty() {
+            continue;
+        }
+        for (role, command, written) in of.into_iter().filter(|c| c.1 != "select") {
+            out.writes.push(Differing { role, command, written, rows, users: users.iter().cloned().collect() });
+        }
+        out.differing.extend(users);
     }
     out.duration_ms = began.elapsed().as_millis() as i64;
     Ok(out)
+}
+
+/// What a pair of conditions is for: role, command, whether for rows as written.
+type Case = (String, &'static str, bool);
+
+/// Old and new condition, where they are not the same text, with what they are for.
+fn cases(rules: &Rules) -> BTreeMap<(String, String), Vec<Case>> {
+    let mut out: BTreeMap<(String, String), Vec<Case>> = BTreeMap::new();
+    for role in rules.roles.iter().filter(|r| r.kind == Kind::User && !r.bypasses) {
+        let (before, after) = (rules.of(&rules.before, role), rules.of(&rules.after, role));
+        for (code, keyword) in access_sql::COMMANDS {
+            for written in [false, true] {
+                // USING decides about rows that are there, WITH CHECK about those that are written.
+                if (code == "a" && !written) || (written && matches!(code, "r" | "d")) {
+                    continue;
+                }
+                let [old, new] = [&before, &after].map(|of| access_sql::condition(of, code, written));
+                if old != new {
+                    out.entry((old, new)).or_default().push((role.name.clone(), keyword, written));
+                }
+            }
+        }
+    }
+    out
 }
 
 /// What all users see under one condition; or why that is too expensive to ask.

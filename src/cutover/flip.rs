@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use tokio_postgres::{GenericClient, Transaction};
+use tokio_postgres::{Client, GenericClient, Transaction};
 
 use crate::access;
 use crate::context::{Context, Outcome};
@@ -45,6 +45,8 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         Some(_) => vec![(target, Strength::Everything)],
         None => Vec::new(),
     };
+    // None of this is the flip's own work, so it need not be read under the lock.
+    let around = verify::state::around(&session.client, &ctx.spec, &ctx.facts.shape).await?;
     // Functions first: replacing them locks no table, and policies take ACCESS EXCLUSIVE until the commit.
     let change = Change { what: &step.what, locks, prelude: functions, ..Default::default() };
     ddl::transaction(ctx, &mut session, &change, async |tx| {
@@ -53,8 +55,9 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         let table = ctx.spec.target.table.to_string();
         // Sent together: one round trip less under the lock.
         let after = verify::state::State::read(tx, &ctx.spec, &ctx.facts);
-        let (_, _, after) =
+        let (_, _, mut after) =
             tokio::try_join!(assert_after(ctx, tx), objects::created(tx, ctx.job(), "flip", &table), after)?;
+        after.access.extend(around.clone());
         verdict::store_flipped(tx, ctx.job(), &verify::json(&after.access)?).await
     })
     .await?;
@@ -64,11 +67,12 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
 /// Compares access on the real thing. A difference takes the flip back at once.
 async fn confirm(ctx: &Context, session: &mut Session) -> Result<Outcome> {
     if access::is_confirmed(ctx, &session.client).await? {
+        access::clean(ctx).await?;
         return Ok(Outcome::Complete);
     }
     fault::point("before-confirm");
     match access::compare(ctx, access::Stage::After).await {
-        Ok(()) => Ok(Outcome::Complete),
+        Ok(()) => assert_flipped(ctx, &session.client).await.map(|()| Outcome::Complete),
         Err(e) if e.kind() == Kind::Failed => {
             rollback::unflip(ctx, session).await?;
             Err(e.context("after the flip; the old policies and functions are back"))
@@ -76,6 +80,20 @@ async fn confirm(ctx: &Context, session: &mut Session) -> Result<Outcome> {
         // Nothing differs as far as is known: the new policies stay, and `resume` compares again.
         Err(e) => Err(e),
     }
+}
+
+/// What was compared must be what the flip made: somebody who put the old function back changed nothing that differs.
+async fn assert_flipped(ctx: &Context, client: &Client) -> Result<()> {
+    let Some(mut flipped) = verify::standing::flipped(client, ctx.job()).await? else { return Ok(()) };
+    flipped.retain(|item, _| !verify::state::is_around(item));
+    let now = verify::state::State::read(client, &ctx.spec, &ctx.facts).await?;
+    let changed = verify::state::differences(&flipped, &now.access);
+    if changed.is_empty() {
+        return Ok(());
+    }
+    Err(Error::refused(format!("policies or functions have changed since the flip: {}", changed.join("; "))).with_hint(
+        "make them what the job says, or take the flip back with backfilld rollback; then: backfilld resume",
+    ))
 }
 
 /// Tries whether the old functions can replace the new ones: not if, for example, a new one adds a default to a parameter.

@@ -9,6 +9,8 @@ use tokio_postgres::{GenericClient, Row};
 
 use super::verdict::ServerIdentity;
 use crate::error::Result;
+use crate::job::access::Accept;
+use crate::pg::ident::Ident;
 
 /// What a run holds on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,6 +185,23 @@ pub async fn finish(client: &impl GenericClient, run: i64, complete: bool, notes
     Ok(row.get(0))
 }
 
+/// How often a run tried what a job accepts as a difference, and how often it differed so.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn accepted(client: &impl GenericClient, run: i64, accept: &Accept) -> Result<(i64, i64)> {
+    let role = accept.role.as_ref().map(Ident::as_str);
+    let row = client
+        .query_one(
+            "select count(*), count(*) filter (where verdict = 'accepted' and effect = $5)
+             from backfilld.access_result where run = $1 and command = $2 and ($3::text is null or role = $3)
+               and ($4::text is null or attempt = $4 or starts_with(attempt, $4 || ', '))",
+            &[&run, &accept.command.as_str(), &role, &accept.attempt, &accept.effect.as_str()],
+        )
+        .await?;
+    Ok((row.get(0), row.get(1)))
+}
+
 /// Whether the newest run of a job is of this stage, passed, and holds on this basis.
 ///
 /// # Errors
@@ -286,6 +305,7 @@ impl Outcome {
         match self.who.as_str() {
             "nobody" => format!("{} without a user", self.role),
             "stranger" => format!("{} for a stranger", self.role),
+            _ if self.user_id.is_empty() => format!("{} for all users", self.role),
             _ => format!("{} for user {}", self.role, self.user_id),
         }
     }

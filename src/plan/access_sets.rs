@@ -111,6 +111,26 @@ pub fn seen(shape: &Shape, condition: &str, way: Way, range: &str) -> String {
     }
 }
 
+/// Keys, as one text each, of rows for which `condition` holds for several of the users that the query `users` gives; at most
+/// `limit`.
+pub fn shared(shape: &Shape, condition: &str, way: Way, users: &str, limit: i64) -> String {
+    let target = shape.target.sql();
+    let sql_type = shape.columns.first().map_or("text", |c| c.sql_type.as_str());
+    let users = format!(
+        "(select distinct x.v::text::{sql_type} as \"backfilld user\" from ({users}) as x(v) where x.v is not null) as {USERS}"
+    );
+    let row = row_name(&shape.target);
+    let key: Vec<String> = shape.key.iter().map(|k| format!("{row}.{}::text", k.name.sql())).collect();
+    let key = format!("concat_ws(',', {})", key.join(", "));
+    let several = format!("group by 1 having count(*) > 1 limit {limit}");
+    match way {
+        Way::Rows => format!("select {key} from {target} join {users} on ({condition})\n{several}"),
+        Way::Users => format!(
+            "select x.k from {users} cross join lateral (select {key} as k from {target} where {condition}) as x\n{several}"
+        ),
+    }
+}
+
 /// The target without alias: a policy's text names its columns bare, or after the table's name.
 pub fn row_name(target: &QualifiedName) -> String {
     target.name.sql()

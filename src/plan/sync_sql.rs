@@ -25,8 +25,32 @@ pub struct SyncTrigger {
     pub name: String,
     /// The table it is on, quoted.
     pub table: String,
+    /// The function it calls, quoted, without parentheses.
+    pub function: String,
     /// `create [constraint] trigger ...`.
     pub create: String,
+}
+
+impl SyncTrigger {
+    /// `pg_trigger.tgtype`.
+    pub fn kind(&self) -> i16 {
+        // Names are quoted, so these words are the statement's own.
+        let head = self.create.split(" on ").next().unwrap_or_default();
+        let bit = |word: &str, bit: i16| if head.split(' ').any(|w| w == word) { bit } else { 0 };
+        let row = i16::from(self.create.contains(" for each row "));
+        let events = bit("insert", 4) | bit("delete", 8) | bit("update", 16) | bit("truncate", 32);
+        row | bit("before", 2) | events
+    }
+
+    /// Runs at commit.
+    pub fn is_deferred(&self) -> bool {
+        self.create.contains(" deferrable initially deferred ")
+    }
+
+    /// Has a WHEN.
+    pub fn is_conditional(&self) -> bool {
+        self.create.contains(" when (")
+    }
 }
 
 /// All functions, in order of creation.
@@ -51,6 +75,7 @@ pub fn triggers(shape: &Shape) -> Vec<SyncTrigger> {
         let name = shape.trigger(suffix);
         out.push(SyncTrigger {
             create: format!("create {kind}trigger {} {event} on {table} {rest}()", quote(&name)),
+            function: rest.rsplit("execute function ").next().unwrap_or_default().to_owned(),
             name,
             table: table.to_owned(),
         });
@@ -133,6 +158,10 @@ fn quote(name: &str) -> String {
 /// each writer would store its own idea of the value.
 const FORMATS: &str = "\nset timezone = 'UTC' set datestyle = 'ISO, YMD' set intervalstyle = 'postgres'\n\
                        set extra_float_digits = 1 set bytea_output = 'hex'";
+
+/// Every setting that a function of ours may have, in small letters.
+pub const SETTINGS: &[&str] =
+    &["search_path", "row_security", "timezone", "datestyle", "intervalstyle", "extra_float_digits", "bytea_output"];
 
 fn function(shape: &Shape, suffix: &str, body: &str) -> SyncFunction {
     let name = shape.function(suffix);

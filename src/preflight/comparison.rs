@@ -1,19 +1,21 @@
 //! Whether access can be compared before and after the flip: roles, rights, policies that a stand-in can have.
 
 use super::check::{Check, Tally};
+use super::owners;
 use super::privileges::quote;
 use super::probe::{Probe, text};
 use crate::access::{Stage, probe_role, rules};
 use crate::error::Result;
 use crate::expand::snapshot;
 use crate::job::access::Access;
+use crate::plan::Facts;
 use crate::plan::access_sql::Rule;
 
 /// The check of this file.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn access(p: &Probe<'_>) -> Result<Check> {
+pub async fn access(p: &Probe<'_>, facts: &Facts) -> Result<Check> {
     let name = "access";
     let Some(access) = &p.spec.access else {
         return Ok(if p.spec.policies.is_some() {
@@ -31,7 +33,7 @@ pub async fn access(p: &Probe<'_>) -> Result<Check> {
         stand_ins += usize::from(!bypass);
         one_role(p, role, bypass, n, &mut tally).await?;
     }
-    policies(p, &mut tally).await?;
+    policies(p, facts, access, &mut tally).await?;
     writes(p, access, &mut tally).await?;
     for (key, sql) in [
         ("access.user", access.user.as_ref().map(|u| format!("select ({u})"))),
@@ -122,7 +124,7 @@ async fn one_role(p: &Probe<'_>, role: &str, bypass: bool, n: Option<usize>, tal
     Ok(())
 }
 
-async fn policies(p: &Probe<'_>, tally: &mut Tally) -> Result<()> {
+async fn policies(p: &Probe<'_>, facts: &Facts, access: &Access, tally: &mut Tally) -> Result<()> {
     let Some(policies) = p.spec.policies.as_ref().filter(|_| !p.flipped()) else { return Ok(()) };
     let now = snapshot::security(p.client, &p.spec.target.table).await?;
     let before: Vec<Rule> = now.policies.iter().map(Rule::from).collect();
@@ -133,8 +135,10 @@ async fn policies(p: &Probe<'_>, tally: &mut Tally) -> Result<()> {
             why,
             "write the policy by a setting or claim instead, or leave [access] out: then nothing is compared",
         );
+        return Ok(());
     }
-    Ok(())
+    owners::role_functions(p, &before.iter().chain(&after).collect::<Vec<_>>(), tally).await?;
+    owners::several(p, facts, access, &before, &after, tally).await
 }
 
 async fn writes(p: &Probe<'_>, access: &Access, tally: &mut Tally) -> Result<()> {

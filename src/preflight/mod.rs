@@ -14,6 +14,7 @@ mod estimate;
 mod expressions;
 mod functions;
 mod names;
+mod owners;
 mod policies;
 mod policy_lint;
 mod privileges;
@@ -132,7 +133,7 @@ async fn job_checks(
     checks.extend(bodies::checks(p, facts).await?);
     checks.extend(dependents::checks(p, facts).await?);
     checks.extend(access::checks(p, facts).await?);
-    checks.push(p.settle("access", comparison::access(p).await)?);
+    checks.push(p.settle("access", comparison::access(p, facts).await)?);
     checks.extend(privileges::checks(p, facts).await?);
     checks.extend(names::checks(p, facts).await?);
     checks.extend(triggers::checks(p, facts).await?);

@@ -41,12 +41,13 @@ pub async fn reasons(client: &impl GenericClient, spec: &JobSpec, facts: &Facts)
     let then: State = parse(then)?;
     let now = State::read(client, spec, facts).await?;
     out.extend(state::differences(&then.data, &now.data));
-    let access = flipped(client, &spec.name).await?.unwrap_or(then.access);
+    let mut access = flipped(client, &spec.name).await?.unwrap_or(then.access);
+    access.retain(|item, _| !state::is_around(item));
     out.extend(state::differences(&access, &now.access));
     Ok(out)
 }
 
-/// Policies and functions as the flip left them; `None` before the flip.
+/// Policies, functions and what leads around them as the flip left them; `None` before the flip.
 ///
 /// # Errors
 /// Database errors.

@@ -13,6 +13,7 @@ use crate::job::{JobSpec, lex};
 use crate::plan::{Facts, Shape, steps, sync_sql};
 
 const STATE: &str = include_str!("sql/state.sql");
+const AROUND: &str = include_str!("sql/around.sql");
 
 /// Digests of definitions by item, such as `trigger zzz_backfilld_fill_ins on "public"."messages"`.
 pub type Items = BTreeMap<String, String>;
@@ -56,6 +57,23 @@ impl State {
         }
         Ok(out)
     }
+}
+
+/// What leads around the policies: rights, views, functions with their owner's rights; and the constraints and indexes of the job.
+/// A proof does not depend on it, so it makes none void; the watch compares it with what the flip left.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn around(client: &impl GenericClient, spec: &JobSpec, shape: &Shape) -> Result<Items> {
+    let (target, made) = (shape.target.sql(), made(spec, shape));
+    let functions: Vec<&str> = spec.functions.iter().map(|f| f.signature.as_str()).collect();
+    let rows = client.query(AROUND, &[&target, &made, &functions]).await?;
+    Ok(rows.iter().map(|r| (r.get(0), r.get(1))).collect())
+}
+
+/// Whether an item comes from [`around`].
+pub fn is_around(item: &str) -> bool {
+    ["rights on ", "view ", "security definer function ", "constraint ", "index "].iter().any(|p| item.starts_with(p))
 }
 
 /// What is different, an item a line; empty if nothing is.

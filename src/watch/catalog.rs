@@ -3,6 +3,7 @@
 use tokio_postgres::Client;
 
 use super::POLICY_DRIFT;
+use crate::access::rules;
 use crate::context::Context;
 use crate::error::Result;
 use crate::ledger::verdict;
@@ -14,21 +15,45 @@ use crate::verify::{SYNC, standing, sync};
 pub async fn look(ctx: &Context, client: &Client, findings: &mut Findings) -> Result<()> {
     let mut add = |kind: &str, found: Vec<String>| {
         if !found.is_empty() {
-            findings.insert(kind.into(), found);
+            findings.entry(kind.into()).or_default().extend(found);
         }
     };
     add(SYNC, sync::broken(client, &ctx.facts.shape).await?);
     let now = State::read(client, &ctx.spec, &ctx.facts).await?;
-    if let Some(flipped) = standing::flipped(client, ctx.job()).await? {
-        add(POLICY_DRIFT, state::differences(&flipped, &now.access));
+    add("indexes", indexes(ctx, client).await?);
+    add("constraints", constraints(ctx, client).await?);
+    for line in since_flip(ctx, client, &now).await? {
+        let kind = match line.split(' ').next() {
+            Some("index") => "indexes",
+            Some("constraint") => "constraints",
+            _ => POLICY_DRIFT,
+        };
+        add(kind, vec![line]);
+    }
+    if let Some(access) = ctx.spec.access.as_ref().filter(|_| ctx.spec.policies.is_some()) {
+        add(POLICY_DRIFT, rules::above_policies(ctx, client, access).await?);
     }
     let last = verdict::last(client, ctx.job()).await?.and_then(|v| v.state);
     if let Some(then) = last.and_then(|v| serde_json::from_value::<State>(v).ok()) {
         add("catalog", state::differences(&others(ctx, &then.data), &others(ctx, &now.data)));
     }
-    add("indexes", indexes(ctx, client).await?);
-    add("constraints", constraints(ctx, client).await?);
     Ok(())
+}
+
+/// What is no longer as the flip left it.
+async fn since_flip(ctx: &Context, client: &Client, now: &State) -> Result<Vec<String>> {
+    let Some(flipped) = standing::flipped(client, ctx.job()).await? else { return Ok(Vec::new()) };
+    let mut now = now.access.clone();
+    // Otherwise an older version flipped, which did not look at it.
+    if flipped.keys().any(|item| state::is_around(item)) {
+        now.extend(state::around(client, &ctx.spec, &ctx.facts.shape).await?);
+    }
+    let mut changed = state::differences(&flipped, &now);
+    // The looks at the index and the constraints say it better when one is gone.
+    changed.retain(|line| {
+        !(line.ends_with(" is gone") && (line.starts_with("index ") || line.starts_with("constraint ")))
+    });
+    Ok(changed)
 }
 
 /// Without our triggers and their functions: [`sync::broken`] looks at them, and says when they are mended, which the version

@@ -56,6 +56,18 @@ async fn fails(db: &TestDb, ledger: &Ledger, job: &JobDir, phase: &str) -> Vec<S
     all
 }
 
+/// Starts the job, which `check` lets pass, and makes it wrong meanwhile; had it been so before, `check` would have refused.
+async fn comes_up_later(db: &TestDb, ledger: &Ledger, job: &JobDir, sql: &str) {
+    let cli = Cli::new(db);
+    job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
+    cli.run(&["run", "--once", job.path()]).await.expect(5, "hold point before backfill");
+    ledger.run(sql).await;
+    let checked =
+        cli.run(&["check", job.path()]).await.expect(3, "").stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(checked.contains("show rows to several users of authenticated"), "{checked}");
+    cli.run(&["cutover", JOB]).await.expect(0, "");
+}
+
 #[track_caller]
 fn has(all: &[String], parts: &[&str]) {
     assert!(all.iter().any(|d| parts.iter().all(|p| d.contains(p))), "no {parts:?} in {all:#?}");
@@ -191,8 +203,10 @@ async fn a_policy_that_stays_and_lets_others_in_is_found_where_it_matters() {
     let (db, ledger) = self::db().await;
     let job = self::job();
     ledger.run("create policy support on public.messages for select using (role = 'system')").await;
-    ledger.run("update public.messages set role = 'system' where id in (select id from public.messages order by id limit 3)").await;
     job.replace("replace = [", "replace = [\n  \"support\",");
+    let public =
+        "update public.messages set role = 'system' where id in (select id from public.messages order by id limit 3)";
+    comes_up_later(&db, &ledger, &job, public).await;
     let all = fails(&db, &ledger, &job, "verify").await;
     has(&all, &["anon select rows narrower", "missing role"]);
     has(&all, &["authenticated select rows narrower", "public rows", "one column cannot express it"]);
@@ -225,16 +239,19 @@ async fn paths_that_disagree_and_rows_of_several_owners_are_told_apart() {
     let job = self::job();
     // Shared conversations: many to many.
     ledger
-        .run(&format!(
+        .run(
             "create table public.shares (conversation_id uuid, auth_user_id uuid);
              grant select on public.shares to authenticated, anon;
-             insert into public.shares select c.id, ({two_users})[2] from public.conversations c
-               join public.users u on u.id = c.user_id where u.auth_user_id = ({two_users})[1];
              create policy shared on public.messages for select using (conversation_id in
-               (select s.conversation_id from public.shares s where s.auth_user_id = auth.uid()))"
-        ))
+               (select s.conversation_id from public.shares s where s.auth_user_id = auth.uid()))",
+        )
         .await;
     job.replace("replace = [", "replace = [\n  \"shared\",");
+    let shares = format!(
+        "insert into public.shares select c.id, ({two_users})[2] from public.conversations c
+           join public.users u on u.id = c.user_id where u.auth_user_id = ({two_users})[1]"
+    );
+    comes_up_later(&db, &ledger, &job, &shares).await;
     let all = fails(&db, &ledger, &job, "verify").await;
     has(&all, &["authenticated select rows narrower", "several owners", "one column cannot express it"]);
     let by_sets = "select set_users is not null from backfilld.access_run order by id desc limit 1";
@@ -346,6 +363,21 @@ async fn a_daemon_killed_in_the_middle_goes_on_where_it_was_and_leaves_nothing_b
     assert!(leftovers(&ledger).await > 0);
     cli.run(&["rollback", JOB, "--yes"]).await.expect(0, "");
     assert_eq!(leftovers(&ledger).await, 0);
+}
+
+#[tokio::test]
+async fn what_a_killed_comparison_left_goes_also_when_the_job_compares_nothing_any_more() {
+    for (point, phase) in [("access-person:1", "verify"), ("access-probe:2", "flip")] {
+        let (db, ledger) = db().await;
+        let (job, cli) = (job(), Cli::new(&db));
+        let killed = cli.clone().env("BACKFILLD_FAULT", point).run(&["run", "--once", job.path()]).await;
+        assert_eq!(killed.code, None, "{killed:#?}");
+        assert!(leftovers(&ledger).await > 0, "{point}");
+        assert_eq!(ledger.phase().await, phase);
+        job.without_access();
+        cli.run(&["run", "--once", job.path()]).await.expect(0, "the job is done");
+        assert_eq!(leftovers(&ledger).await, 0, "{point}");
+    }
 }
 
 #[tokio::test]

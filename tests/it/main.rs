@@ -23,6 +23,7 @@ mod lease;
 mod life;
 mod lint;
 mod logs;
+mod mutations;
 mod page;
 mod pooler;
 mod preflight;

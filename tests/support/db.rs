@@ -36,13 +36,22 @@ pub struct TestDb {
 
 impl TestDb {
     pub async fn new(template: Template) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(1);
-        let server = server();
-        let name = format!("t_{}_{}", server.token, NEXT.fetch_add(1, Ordering::Relaxed));
-        let admin = connect(&server.url(SUPERUSER, "postgres")).await;
+        let admin = connect(&server().url(SUPERUSER, "postgres")).await;
         let source = build(&admin, template).await;
+        Self::copy_of(&admin, &source).await
+    }
+
+    /// A copy of a test's database, ledger included. Nobody may be connected to it any more, or stay.
+    pub async fn copy(from: &Self) -> Self {
+        let admin = connect(&server().url(SUPERUSER, "postgres")).await;
+        Self::copy_of(&admin, &from.name).await
+    }
+
+    async fn copy_of(admin: &Client, source: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("t_{}_{}", server().token, NEXT.fetch_add(1, Ordering::Relaxed));
         let create = format!("create database {name} template {source}");
-        // The one who built the template may not have left it yet.
+        // Whoever built or changed it may not have left it yet.
         wait_until("the template is free to be copied", async || match admin.batch_execute(&create).await {
             Ok(()) => true,
             Err(e) if e.code().is_some_and(|c| c.code() == "55006") => false,

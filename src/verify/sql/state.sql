@@ -7,9 +7,11 @@ with rel as (
   from unnest($1::text[]) with ordinality as o(name, n)
 ), col as (
   select r.oid, r.name as rel, w.column_name, a.attnum, a.atttypid, a.atttypmod, a.attcollation, a.attgenerated,
+         case when r.is_target and w.column_name = any ($4::text[]) then pg_get_expr(d.adbin, d.adrelid) end as filled_default,
          a.attnotnull and not (r.is_target and w.column_name = any ($4::text[])) as not_null
   from unnest($2::text[], $3::text[]) as w(rel, column_name) join rel r on r.name = w.rel
   left join pg_attribute a on a.attrelid = r.oid and a.attname = w.column_name and a.attnum > 0 and not a.attisdropped
+  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
 ), cols as (
   select oid, array_agg(attnum) filter (where attnum is not null) as nums from col group by oid
 ), trg as (
@@ -29,7 +31,7 @@ with rel as (
   select 'data', 'table ' || name, concat_ws(' ', r.oid, c.relkind, c.relpersistence) from rel r left join pg_class c on c.oid = r.oid
   union all
   select 'data', format('column %s of %s', column_name, rel),
-         case when attnum is not null then concat_ws(' ', format_type(atttypid, atttypmod), attcollation::regcollation, attgenerated, not_null)
+         case when attnum is not null then concat_ws(' ', format_type(atttypid, atttypmod), attcollation::regcollation, attgenerated, not_null, filled_default)
          end
   from col
   union all
@@ -37,6 +39,9 @@ with rel as (
   select 'data', format('trigger %s on %s', tgname, rel),
          concat_ws(' ', tgenabled, case when ours then version end, pg_get_triggerdef(oid))
   from trg
+  union all
+  -- without version: whoever makes it anew as it was has mended it
+  select 'data', format('definition of trigger %s on %s', tgname, rel), pg_get_triggerdef(oid) from trg where ours
   union all
   select 'data', 'function ' || p.oid::regprocedure::text,
          concat_ws(' ', case when fn.ours then p.xmin::text end, p.prolang, p.prosecdef, p.proconfig::text, r.rolname, p.probin, p.prosrc)
