@@ -60,6 +60,8 @@ struct JobStatus {
     access: Option<ledger::access::Run>,
     /// Its first differences.
     access_differences: Vec<ledger::access::Outcome>,
+    /// The watch after the flip; none before it, and for a job without one.
+    watch: Option<ledger::watch::Shown>,
     quarantined: i64,
     /// Rows that an operator accepted without a value.
     accepted: i64,
@@ -150,6 +152,8 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
         Some(run) if run.passed == Some(false) => ledger::access::outcomes(client, run.id, true, 5).await?,
         _ => Vec::new(),
     };
+    let lasts = super::started_spec(&job).ok().and_then(|spec| spec.watch).map(|w| w.lasts.as_secs_f64());
+    let watch = ledger::watch::shown(client, name, lasts).await?;
     Ok(JobStatus {
         job: job.name,
         phase: job.phase.to_string(),
@@ -170,6 +174,7 @@ async fn read(client: &Client, settings: &Settings, name: &str, history: i64) ->
         verdict_expired,
         access,
         access_differences,
+        watch,
         quarantined: checkpoint::quarantined(client, name).await?,
         accepted: checkpoint::accepted(client, name).await?,
         quarantine: quarantine.iter().map(|r| r.get(0)).collect(),
@@ -279,6 +284,19 @@ fn text(s: &JobStatus) -> String {
         line("access", super::access::line(run));
         for o in s.access_differences.iter().filter(|o| o.verdict == "different") {
             line("", o.line());
+        }
+    }
+    if let Some(w) = &s.watch {
+        let until = w.until.as_ref().map_or(String::new(), |u| format!(" until {u} UTC"));
+        let looked =
+            w.checked_at.as_ref().map_or_else(|| "no look yet".into(), |at| format!("looked {at}, {} times", w.passes));
+        let over = if w.over && !w.findings.is_empty() { "; it goes on until nothing is wrong" } else { "" };
+        line("watch", format!("since {}{until}; {looked}{over}", w.since));
+        if w.passes > 0 && w.findings.is_empty() {
+            line("", "nothing has changed since the flip".into());
+        }
+        for (kind, found) in &w.findings {
+            found.iter().for_each(|what| line("", format!("{kind}: {what}")));
         }
     }
     if s.quarantined > 0 {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use tokio_postgres::GenericClient;
 
 use crate::error::{Error, Result};
@@ -54,6 +55,49 @@ pub async fn begin(client: &impl GenericClient, job: &str) -> Result<Watched> {
         findings: serde_json::from_value(row.get(5))
             .map_err(|e| Error::internal("findings of the watch").with_source(e))?,
     })
+}
+
+/// A watch, as `status` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Shown {
+    /// When it began: the flip, UTC.
+    pub since: String,
+    /// When it ends, if nothing is wrong then, UTC. `None`: the job has no `[watch]` any more.
+    pub until: Option<String>,
+    /// Its time is over.
+    pub over: bool,
+    /// Complete looks at everything.
+    pub passes: i64,
+    /// The last of them, UTC. `None`: none yet.
+    pub checked_at: Option<String>,
+    /// What is wrong, in words, by kind.
+    pub findings: Findings,
+}
+
+/// The watch of a job that lasts so many seconds; `None` before it begins.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn shown(client: &impl GenericClient, job: &str, lasts: Option<f64>) -> Result<Option<Shown>> {
+    let row = client
+        .query_opt(
+            "select to_char(since at time zone 'UTC', f), to_char((since + make_interval(secs => $2)) at time zone 'UTC', f),
+                    coalesce(clock_timestamp() >= since + make_interval(secs => $2), false), passes,
+                    to_char(checked_at at time zone 'UTC', f), findings
+             from backfilld.watch, (values ('YYYY-MM-DD HH24:MI:SS')) as x(f) where job = $1",
+            &[&job, &lasts],
+        )
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some(Shown {
+        since: row.get(0),
+        until: row.get(1),
+        over: row.get(2),
+        passes: row.get(3),
+        checked_at: row.get(4),
+        findings: serde_json::from_value(row.get(5))
+            .map_err(|e| Error::internal("findings of the watch").with_source(e))?,
+    }))
 }
 
 /// Stores what a look has seen.

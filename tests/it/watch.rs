@@ -34,6 +34,13 @@ async fn findings(ledger: &Ledger) -> String {
 async fn whatever_changes_after_the_flip_is_shown_and_clears_when_it_is_mended() {
     let (db, ledger, _job, mut daemon) = watched().await;
     assert_eq!((findings(&ledger).await.as_str(), ledger.reason().await.as_str()), ("{}", ""), "no alarm");
+    let shown = Cli::new(&db).run(&["status", JOB]).await.stdout;
+    assert!(shown.contains("\n  watch    since 20") && shown.contains("nothing has changed since the flip"), "{shown}");
+    let json: serde_json::Value =
+        serde_json::from_str(&Cli::new(&db).run(&["status", JOB, "--json"]).await.stdout).expect("JSON");
+    let watch = &json[0]["watch"];
+    assert!(watch["until"].as_str() > watch["since"].as_str() && watch["passes"].as_i64() > Some(1), "{watch}");
+    assert_eq!((&watch["over"], &watch["findings"]), (&serde_json::json!(false), &serde_json::json!({})));
     let owner = "(auth_user_id = (select auth.uid()))";
     let cases = [
         (
@@ -92,7 +99,8 @@ async fn whatever_changes_after_the_flip_is_shown_and_clears_when_it_is_mended()
         ledger.run(&sql).await;
         wait_until(&format!("{kind} is found: {sql}"), async || ledger.reason().await.contains(kind)).await;
         let shown = Cli::new(&db).run(&["status", JOB]).await.stdout;
-        assert!(shown.contains(kind) && shown.contains("running"), "{shown}");
+        let line = format!("\n           {kind}: ");
+        assert!(shown.contains(&line) && shown.contains("running"), "{shown}");
         ledger.run(&back).await;
         wait_until(&format!("{kind} is gone: {back}"), async || ledger.reason().await.is_empty()).await;
     }
