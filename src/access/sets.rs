@@ -69,7 +69,7 @@ pub async fn compare(ctx: &Context, client: &Client, access: &Access, rules: &Ru
         out.not_made = Some("access.user does not say by which expression policies know the user".into());
         return Ok(out);
     };
-    for ((old, new), of) in cases(rules) {
+    'pairs: for ((old, new), of) in cases(rules) {
         let mut sides = Vec::new();
         for (which, condition) in [("old", &old), ("new", &new)] {
             let seen = match access_sets::bind_user(condition, user) {
@@ -79,8 +79,10 @@ pub async fn compare(ctx: &Context, client: &Client, access: &Access, rules: &Ru
             match seen {
                 Ok(seen) => sides.push(seen),
                 Err(why) => {
-                    out.not_made = Some(format!("the {which} policies cannot be compared by sets: {why}"));
-                    return Ok(out);
+                    // Another pair may be fit for it.
+                    let why = format!("the {which} policies for {}: {why}", of[0].1);
+                    out.not_made = Some(out.not_made.map_or(why.clone(), |before| format!("{before}; {why}")));
+                    continue 'pairs;
                 }
             }
         }
