@@ -90,6 +90,11 @@ impl HeapWalk {
         })
     }
 
+    /// Behind the lane's last page.
+    pub fn bound(&self) -> u64 {
+        self.cursor.bound
+    }
+
     /// Share of the sweep that is done, 0 to 1.
     pub fn ratio(&self) -> f64 {
         self.cursor.ratio()

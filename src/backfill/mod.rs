@@ -5,6 +5,7 @@
 
 pub mod aside;
 pub mod batch;
+mod growth;
 pub mod heap;
 pub mod heap_cursor;
 pub mod horizon;
@@ -19,6 +20,7 @@ pub mod walk;
 use std::time::Duration;
 
 use rand::RngExt;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::batch::{Batch, Failed};
@@ -76,8 +78,14 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
             }
             end
         });
+        let over = CancellationToken::new();
+        let all = async {
+            let ends = futures_util::future::join_all(runs).await;
+            over.cancel();
+            ends
+        };
         let ends = tokio::select! {
-            ends = futures_util::future::join_all(runs) => ends,
+            (ends, ()) = async { tokio::join!(all, growth::keep(ctx, members, &over)) } => ends,
             never = show_outlook(ctx, members) => match never {},
         };
         outlook(ctx, members);

@@ -21,6 +21,8 @@ pub(super) struct Team {
     pub(super) stop: CancellationToken,
     pub(super) throttle: Throttle,
     pub(super) rows_estimate: i64,
+    /// Pages of the table when the sweep began; `None`: it is not walked in heap order.
+    pub(super) pages: Option<u64>,
     sum: Mutex<Sum>,
 }
 
@@ -43,6 +45,7 @@ impl Team {
             stop: CancellationToken::new(),
             throttle: Throttle::start(ctx, lanes.iter().map(|l| &l.session)),
             rows_estimate: lanes.iter().map(|l| l.checkpoint.rows_estimate).sum(),
+            pages: lanes.iter().filter_map(|l| l.walk.bound()).max(),
             sum: Mutex::new(Sum {
                 ended: lanes.iter().map(|l| l.checkpoint.finished).collect(),
                 done: lanes.iter().map(|l| done(&l.checkpoint)).collect(),

@@ -71,6 +71,14 @@ impl Walk {
         }
     }
 
+    /// Behind the lane's last page; `None`: it is walked by key.
+    pub fn bound(&self) -> Option<u64> {
+        match self {
+            Self::Keyset(_) => None,
+            Self::Heap(walk) => Some(walk.bound()),
+        }
+    }
+
     /// Done part of the lane's range, 0 to 1. By key it is that of the estimated rows, and one only at the end.
     pub fn ratio(&self, checkpoint: &Checkpoint) -> f64 {
         match self {

@@ -339,8 +339,8 @@ pub struct SideEffects {
     /// target row for such a source row fails with 23502 or 23503.
     #[serde(default)]
     pub source_may_lack_value: bool,
-    /// Writers of source tables may use REPEATABLE READ or SERIALIZABLE: their changes of the value raise an error
-    /// (see the trigger contract in ARCHITECTURE.md). `check` warns until this says that the operator knows.
+    /// Writers of source tables may use REPEATABLE READ or SERIALIZABLE, where changes of the value raise an error
+    /// (docs/trigger-contract.md). `check` warns until this says that the operator knows.
     #[serde(default)]
     pub strict_isolation_raises: bool,
 }
@@ -383,6 +383,8 @@ pub struct Batching {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub horizon_wait: Duration,
+    /// A target for the table's growth in heap order; beyond it, `VACUUM` makes room, for time and WAL. 1 to 100.
+    pub growth_percent: Option<u32>,
     /// How the WAL of batches is compressed, which is mostly full-page images where checkpoints are frequent. Needs PostgreSQL
     /// 15 and `grant set on parameter wal_compression`, or a superuser. Takes effect with the next connection.
     pub wal_compression: WalCompression,
@@ -402,6 +404,7 @@ impl Default for Batching {
             lanes: 1,
             // Longer than a request or a report on a dashboard, shorter than anybody's patience with a job that stands still.
             horizon_wait: Duration::from_secs(60),
+            growth_percent: None,
             wal_compression: WalCompression::Auto,
         }
     }

@@ -229,6 +229,9 @@ pub(super) fn batching(b: &Batching, out: &mut Vec<String>) {
     if !(1..=8).contains(&b.lanes) {
         out.push(format!("batching.lanes: expected 1 to 8, found {}", b.lanes));
     }
+    if b.growth_percent.is_some_and(|n| !(1..=100).contains(&n)) {
+        out.push("batching.growth_percent: expected 1 to 100; without it the daemon runs no vacuum".into());
+    }
     if b.horizon_wait > Duration::from_secs(86_400) {
         out.push("batching.horizon_wait: expected at most 1d".into());
     }

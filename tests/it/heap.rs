@@ -117,6 +117,21 @@ async fn most_updates_find_room_on_their_page() {
     assert!(hot >= 70, "{hot}% of the updates were HOT");
 }
 
+/// The rows that move leave places, which only a vacuum makes known to the rows that move later.
+#[tokio::test]
+async fn a_growth_budget_is_kept_by_vacuuming_beside_the_batches() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(5_000)).await);
+    job.replace("strategy = \"heap\"", "strategy = \"heap\"\npause = \"100ms\"\ngrowth_percent = 1");
+    let ledger = Ledger::new(&db).await;
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+    let vacuumed = "from backfilld.event where kind = 'vacuum'";
+    assert!(ledger.number(&format!("select count(*) {vacuumed} and (detail ->> 'ended')::bool")).await > 0);
+    assert!(ledger.is(&format!("select bool_and((detail ->> 'grown_pages')::int > 0) {vacuumed}")).await);
+    assert!(ledger.is("select not exists (select from public.messages where auth_user_id is null)").await);
+    let counted = "select vacuum_count > 0 from pg_stat_user_tables where relid = 'public.messages'::regclass";
+    wait_until("the statistics are in", async || ledger.is(counted).await).await;
+}
+
 /// Five rows to a page: whatever the first round takes has to move, so it must not be two of them.
 #[tokio::test]
 async fn wide_rows_are_taken_one_by_one() {
