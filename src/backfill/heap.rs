@@ -272,7 +272,7 @@ impl HeapWalk {
         Ok(())
     }
 
-    /// Nobody keeps dead versions, and yet hardly any update is HOT: several rounds are of no use then.
+    /// Nobody keeps dead versions, and yet hardly any update is HOT: it is not for want of room.
     async fn nobody_holds(&mut self, ctx: &Context, client: &Client) -> Result<()> {
         let (hot, all) = self.hot[1];
         if hot as f64 >= HOT_NEVER * all as f64 {
@@ -282,11 +282,13 @@ impl HeapWalk {
             self.asked = false;
             return Ok(());
         }
-        self.steering.several_are_futile();
+        if !self.steering.cannot_be_hot() {
+            return Ok(());
+        }
         warn!(
             job = ctx.job(),
-            "going on in single rounds: {hot} of {all} updates are HOT although nothing holds back pruning; does a trigger \
-             change an indexed column?"
+            "each row gets an entry in every index: {hot} of {all} updates are HOT although nothing holds back pruning; does a \
+             trigger change an indexed column?"
         );
         event::record(client, ctx.job(), "not_hot", serde_json::json!({ "hot": hot, "updates": all })).await
     }

@@ -114,8 +114,6 @@ pub const HOT_WORKS: f64 = 0.4;
 
 /// Share of HOT updates below which they are not just too few: something keeps updates from being HOT at all.
 pub const HOT_NEVER: f64 = 0.05;
-/// Windows in single rounds before several are tried again: costs one window in seventeen where they do not work.
-const FUTILE_WINDOWS: u32 = 16;
 
 /// Share of HOT updates from which the pages have room for more than a round takes.
 pub const HOT_ROOMY: f64 = 0.98;
@@ -127,8 +125,8 @@ pub struct Steering {
     initial: u32,
     /// Fewer than this were tried and left too little room.
     floor: u32,
-    /// Windows left that are taken in single rounds, since several are of no use.
-    futile: u32,
+    /// Updates cannot be HOT, whatever room they find.
+    never: bool,
     /// The last step was to fewer rounds.
     halved: bool,
 }
@@ -136,13 +134,14 @@ pub struct Steering {
 impl Steering {
     /// Begins with `initial` rounds.
     pub fn new(initial: u32) -> Self {
-        Self { initial: rounds_limit(initial), floor: 1, futile: 0, halved: false }
+        Self { initial: rounds_limit(initial), floor: 1, never: false, halved: false }
     }
 
-    /// Updates are not HOT although nobody keeps dead versions: they change an indexed column, by a trigger for example.
-    /// Then rounds only cost.
-    pub fn several_are_futile(&mut self) {
-        self.futile = FUTILE_WINDOWS;
+    /// Updates are not HOT although nobody keeps dead versions: they change an indexed column, by a trigger for example. Rows
+    /// find room on their pages all the same, so that the table hardly grows: measured with an index on `updated_at`, +18% heap in
+    /// rounds, +99% in single ones, for the same WAL. So the rounds stay, and more of them would only cost. Gives whether this is new.
+    pub fn cannot_be_hot(&mut self) -> bool {
+        !std::mem::replace(&mut self.never, true)
     }
 
     /// Rounds of the next window. `first`, `others`: the share of HOT updates (0 to 1) in the first round and in the others
@@ -154,9 +153,12 @@ impl Steering {
     /// to fewer that costs HOT updates is taken back and not tried again. Where the later rounds find too little, they take too
     /// much at once. While nothing can be pruned, rounds only cost.
     pub fn next(&mut self, rounds: u32, first: Option<f64>, others: Option<f64>, held: bool) -> u32 {
-        self.futile = self.futile.saturating_sub(1);
-        if held || self.futile > 0 {
+        if held {
             return 1;
+        }
+        self.never &= others.is_none_or(|share| share < HOT_NEVER);
+        if self.never {
+            return self.initial;
         }
         let halved = std::mem::take(&mut self.halved);
         let roomy = |share: Option<f64>| share.is_none_or(|s| s >= HOT_ROOMY);
@@ -245,15 +247,15 @@ mod tests {
     }
 
     #[test]
-    fn rounds_that_are_of_no_use_are_tried_again_later() {
+    fn where_updates_cannot_be_hot_rounds_stay_as_they_began_until_some_are() {
         let mut steering = Steering::new(8);
-        steering.several_are_futile();
-        let mut rounds = 8;
-        for _ in 1..FUTILE_WINDOWS {
-            rounds = steering.next(rounds, Some(0.0), None, false);
-            assert_eq!(rounds, 1);
-        }
-        assert_eq!(steering.next(rounds, Some(0.0), None, false), 8);
+        assert!(steering.cannot_be_hot());
+        assert!(!steering.cannot_be_hot(), "known");
+        assert_eq!(steering.next(8, Some(0.0), Some(0.0), false), 8);
+        assert_eq!(steering.next(8, Some(0.0), Some(0.0), true), 1, "and nothing can be pruned");
+        assert_eq!(steering.next(1, Some(0.0), None, false), 8, "it can again");
+        assert_eq!(steering.next(8, Some(0.0), Some(0.5), false), 16, "the index is gone");
+        assert!(steering.cannot_be_hot());
     }
 
     #[test]

@@ -145,7 +145,8 @@ pub fn walk(spec: &JobSpec, facts: &Facts) -> (Walk, String) {
 }
 
 fn in_rounds(facts: &Facts) -> String {
-    const FEWER: &str = "Where updates cannot be HOT (an indexed column changes) or have room anyway (fillfactor), in fewer rounds or one";
+    const FEWER: &str =
+        "Where they have room anyway (fillfactor), in fewer rounds; while an old snapshot keeps dead rows, in one";
     if facts.target.rows_estimate <= 0.0 || facts.target.pages_estimate <= 0 {
         return format!(
             "page ranges in several committed rounds, so that most updates are HOT; least WAL and growth. {FEWER}"
