@@ -44,6 +44,7 @@ mod sync_values;
 mod terminal;
 mod throttle;
 mod throttle_servers;
+mod throttle_signals;
 mod tune;
 mod unwatched;
 mod verdict;
