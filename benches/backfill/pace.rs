@@ -15,7 +15,7 @@ const LOOK: Duration = Duration::from_secs(10);
 /// Duty, and the target duration of a batch in milliseconds; the last two are the default and nobody.
 const POINTS: [(&str, &str); 6] = [
     ("alone", ""),
-    ("duty 0.05, 5 ms", "target_duration = \"5ms\"\n[throttle]\npace = \"constant\"\nduty = 0.05"),
+    ("duty 0.05, 10 ms", "target_duration = \"10ms\"\n[throttle]\npace = \"constant\"\nduty = 0.05"),
     ("duty 0.1, 10 ms", "target_duration = \"10ms\"\n[throttle]\npace = \"constant\"\nduty = 0.1"),
     ("duty 0.3, 30 ms", "target_duration = \"30ms\"\n[throttle]\npace = \"constant\"\nduty = 0.3"),
     ("unthrottled", "[throttle]\npace = \"constant\""),

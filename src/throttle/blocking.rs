@@ -58,3 +58,15 @@ impl Batches {
         Ok(rows.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::throttle::Throttle;
+
+    /// The promise is 200 ms: the rest is for the look itself and for the cancelled batch to roll back.
+    #[test]
+    fn with_the_defaults_an_application_waits_for_a_batch_at_most_150_ms_before_it_is_cancelled() {
+        assert!(Throttle::default().give_way_after + EVERY <= Duration::from_millis(150));
+    }
+}

@@ -22,12 +22,13 @@ use crate::error::{Error, Result};
 use crate::job::throttle::{Pace, Throttle as Section};
 use crate::metrics;
 
-/// Least time between two writes: at most a dozen small commits per second.
-const SPACING: Duration = Duration::from_millis(80);
+/// Least time between two writes: at most twenty small commits per second.
+const SPACING: Duration = Duration::from_millis(50);
 /// The same while nobody else works.
 const SPACING_ALONE: Duration = Duration::from_millis(250);
-/// How long the next write waits for a batch, or for its end.
-const WAIT_FOR_MOMENT: Duration = Duration::from_millis(250);
+/// How long the next write waits for a batch, or for its end. At the lowest pace batches follow each other twice per
+/// second.
+const WAIT_FOR_MOMENT: Duration = Duration::from_millis(600);
 /// Writes whose median is the signal `commit_latency`.
 const LAST: usize = 9;
 /// How often it is tried again when the connection is lost.
@@ -35,8 +36,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// What the pulse, the monitor and the lanes share.
 pub(super) struct Pulse {
-    /// Batches in flight.
-    flights: watch::Sender<usize>,
+    flights: watch::Sender<Flights>,
     /// Share of time that a lane works.
     pace: watch::Sender<f64>,
     /// The last commit times in seconds, when the last of them was, or why there is none.
@@ -54,12 +54,41 @@ struct Latest {
 
 /// A batch in flight; it has landed when this is dropped.
 pub struct Flight<'a> {
-    flights: &'a watch::Sender<usize>,
+    flights: &'a watch::Sender<Flights>,
 }
 
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
-        self.flights.send_modify(|n| *n = n.saturating_sub(1));
+        self.flights.send_modify(|f| f.change(f.now.saturating_sub(1)));
+    }
+}
+
+/// Batches in flight, and for how long there was one since this was last asked.
+struct Flights {
+    now: usize,
+    busy: Duration,
+    asked: Instant,
+    changed: Instant,
+}
+
+impl Flights {
+    fn new() -> Self {
+        Self { now: 0, busy: Duration::ZERO, asked: Instant::now(), changed: Instant::now() }
+    }
+
+    fn change(&mut self, now: usize) {
+        if self.now > 0 {
+            self.busy += self.changed.elapsed();
+        }
+        (self.now, self.changed) = (now, Instant::now());
+    }
+
+    /// Share of the time in which a batch was in flight, since this was last asked.
+    fn share(&mut self) -> f64 {
+        self.change(self.now);
+        let share = self.busy.as_secs_f64() / self.asked.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);
+        (self.busy, self.asked) = (Duration::ZERO, Instant::now());
+        share.min(1.0)
     }
 }
 
@@ -70,7 +99,7 @@ impl Pulse {
             Pace::Constant => section.duty,
         };
         Self {
-            flights: watch::Sender::new(0),
+            flights: watch::Sender::new(Flights::new()),
             pace: watch::Sender::new(first),
             latest: Mutex::default(),
             pressed: AtomicBool::new(false),
@@ -79,7 +108,7 @@ impl Pulse {
     }
 
     pub(super) fn flight(&self) -> Flight<'_> {
-        self.flights.send_modify(|n| *n += 1);
+        self.flights.send_modify(|f| f.change(f.now + 1));
         Flight { flights: &self.flights }
     }
 
@@ -183,10 +212,11 @@ async fn beat(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer) -> Result<()> {
     loop {
         let began = Instant::now();
         beside = !beside;
-        if pulse.has_begun() {
+        // While nobody else works there is nothing to compare.
+        if pulse.has_begun() && pacer.beside_others() {
             moment(&mut flights, beside, pacer.pace(), ctx).await;
         }
-        let before = *flights.borrow_and_update();
+        let before = flights.borrow_and_update().now;
         let sent = Instant::now();
         let answer = tokio::time::timeout(QUERY_TIMEOUT * 2, session.client.execute(&write, &[&ctx.job()])).await;
         answer.map_err(|_| Error::internal("the server does not answer"))??;
@@ -201,6 +231,11 @@ async fn beat(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer) -> Result<()> {
         if ticked.elapsed() >= TICK {
             ticked = Instant::now();
             seen.others = others(&session.client).await?;
+            // Nobody has to look because of this.
+            pulse.flights.send_if_modified(|f| {
+                seen.busy = f.share();
+                false
+            });
             seen.pressed = pulse.pressed.swap(false, Ordering::Relaxed);
             seen.stopped = pulse.stopped.load(Ordering::Relaxed);
             publish(ctx, pulse, pacer, std::mem::take(&mut seen));
@@ -211,12 +246,12 @@ async fn beat(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer) -> Result<()> {
 }
 
 /// Waits for a moment beside a batch, or between two; not for long, there may be none.
-async fn moment(flights: &mut watch::Receiver<usize>, beside: bool, pace: f64, ctx: &Context) {
-    let there = tokio::time::timeout(WAIT_FOR_MOMENT, flights.wait_for(|n| (*n > 0) == beside)).await.is_ok();
+async fn moment(flights: &mut watch::Receiver<Flights>, beside: bool, pace: f64, ctx: &Context) {
+    let there = tokio::time::timeout(WAIT_FOR_MOMENT, flights.wait_for(|f| (f.now > 0) == beside)).await.is_ok();
     if beside && there {
-        // Somewhere in its first half: batches differ, and a write that always comes at the beginning sees one part only.
+        // Somewhere in it, as the application comes: a write that always comes at the beginning sees one part only.
         let batch = pacing::batch_target(pace, ctx.live.now().batching.target_duration);
-        let into = batch.mul_f64(rand::rng().random_range(0.0..0.5));
+        let into = batch.mul_f64(rand::rng().random_range(0.0..0.9));
         tokio::time::sleep(into).await;
     }
 }
