@@ -185,7 +185,7 @@ pub async fn finish(client: &impl GenericClient, run: i64, complete: bool, notes
     Ok(row.get(0))
 }
 
-/// How often a run tried what a job accepts as a difference, and how often it differed so.
+/// How often a run tried what a job accepts as a difference, where it could have differed so, and how often it did.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -195,7 +195,9 @@ pub async fn accepted(client: &impl GenericClient, run: i64, accept: &Accept) ->
         .query_one(
             "select count(*), count(*) filter (where verdict = 'accepted' and effect = $5)
              from backfilld.access_result where run = $1 and command = $2 and ($3::text is null or role = $3)
-               and ($4::text is null or attempt = $4 or starts_with(attempt, $4 || ', '))",
+               and ($4::text is null or attempt = $4 or starts_with(attempt, $4 || ', '))
+               -- where the old function failed anyway, nothing could become narrower; where it did not, nothing wider
+               and ($5 = 'other' or (before like 'error%' or before = 'refused') = ($5 = 'wider'))",
             &[&run, &accept.command.as_str(), &role, &accept.attempt, &accept.effect.as_str()],
         )
         .await?;
