@@ -22,6 +22,7 @@ demo: ## watch a migration on a real server under live traffic
 test: ## all tests, on a real server that is left running for the next time
 	@scripts/ensure.sh compiler postgres prometheus pgbouncer chromium tmux
 	$(CARGO) test --locked $(TEST_FLAGS)
+	$(if $(TEST_FLAGS),,$(CARGO) test --locked --features otel --test otel)
 
 mutations: ## plant every defect of docs/mutations.md and see who catches it; a few minutes
 	@scripts/ensure.sh compiler postgres
@@ -37,6 +38,7 @@ check: ## format, lints, unit tests
 	@scripts/ensure.sh compiler
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --all-targets --features otel -- -D warnings
 	$(CARGO) test --locked --lib
 
 release: ## the release binary, with a look at its size, start and needs

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{Instrument as _, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::context::Context;
@@ -29,7 +29,7 @@ use crate::pg::pool::Pool;
 use crate::phase::{Phase, Status};
 use crate::plan::Facts;
 use crate::preflight::{self, PreflightOptions};
-use crate::progress::{LeaseState, Progress};
+use crate::progress::{self, LeaseState, Progress};
 use crate::settings::Settings;
 
 /// What to run, and for whom.
@@ -278,7 +278,10 @@ impl Daemon {
         let tuning = tokio::spawn(live::watch(ctx.clone()));
         let hooks = Hooks::start(&ctx, self.webhook.clone()).await;
         let result = match (&hooks, live::refresh(&ctx).await) {
-            (Ok(_), Ok(())) => phases::Phases { ctx: &ctx, once: self.once }.run().await,
+            (Ok(_), Ok(())) => {
+                let span = info_span!(target: progress::SPANS, "job", job = self.job(), epoch = ctx.lease.epoch);
+                phases::Phases { ctx: &ctx, once: self.once }.run().instrument(span).await
+            }
             (Err(e), _) => Err(Error::new(e.kind(), e.line())),
             (_, Err(e)) => Err(e),
         };

@@ -25,6 +25,7 @@ mod pem;
 pub mod pg;
 pub mod phase;
 pub mod plan;
+mod post;
 pub mod preflight;
 pub mod progress;
 pub mod report;

@@ -16,6 +16,8 @@ pub use recent::{Event, events, remember, seed};
 
 /// Target of log events that say again and again how far something is; they are no news for [`events`].
 pub const REPORTS: &str = "backfilld::progress";
+/// Target of spans that only traces have: log lines name the job and the phase by themselves.
+pub const SPANS: &str = "backfilld::spans";
 /// Batches of which the percentiles are made: at 100 ms each, the last half minute.
 const RECENT_BATCHES: usize = 300;
 /// Batches remembered between two looks at them; more say nothing new about a percentile.

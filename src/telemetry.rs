@@ -1,31 +1,35 @@
 //! Logging: one event per thing that happened, to stderr. stdout is for data. The last events are kept in memory for the
-//! status page, whatever level the log has.
+//! status page, whatever level the log has. With the feature `otel`, spans become traces.
+
+#[cfg(feature = "otel")]
+mod otlp;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
-use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::filter::{FilterExt as _, filter_fn};
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer, fmt, registry};
 
 use crate::error::{Error, Result};
 use crate::progress;
-use crate::settings::{LogFormat, LogSettings, log_filter};
+use crate::settings::{LogFormat, Settings, log_filter};
 use crate::terminal::Above;
 
 /// Starts logging for the process. `tty` says whether stderr is a terminal: `auto` then means text, in colour unless
-/// NO_COLOR is set.
+/// NO_COLOR is set. `job`: the one that this process runs, whose spans are exported if the settings say where to.
 ///
 /// # Errors
-/// [`Kind::Input`](crate::Kind::Input) for a filter that cannot be parsed, [`Kind::Internal`](crate::Kind::Internal) if
+/// [`Kind::Input`](crate::Kind::Input) for a filter or an address that cannot be parsed, [`Kind::Internal`](crate::Kind::Internal) if
 /// logging was started before.
-pub fn init(settings: &LogSettings, tty: bool) -> Result<()> {
-    let filter = log_filter(&settings.level)?;
-    JSON.store(settings.format == LogFormat::Json, Ordering::Relaxed);
-    let json = match settings.format {
+pub fn init(settings: &Settings, tty: bool, job: Option<&str>) -> Result<()> {
+    let log = &settings.log;
+    let filter = log_filter(&log.level)?;
+    JSON.store(log.format == LogFormat::Json, Ordering::Relaxed);
+    let json = match log.format {
         LogFormat::Json => true,
         LogFormat::Text => false,
         LogFormat::Auto => !tty,
@@ -36,11 +40,20 @@ pub fn init(settings: &LogSettings, tty: bool) -> Result<()> {
     } else {
         lines.with_ansi(tty && !no_color()).boxed()
     };
-    registry()
-        .with(lines.with_filter(filter))
-        .with(Recent.with_filter(filter_fn(is_news)))
-        .try_init()
-        .map_err(|e| Error::internal("logging was started twice").with_source(e))
+    let logging = registry()
+        .with(lines.with_filter(filter.and(filter_fn(|m| m.target() != progress::SPANS))))
+        .with(Recent.with_filter(filter_fn(is_news)));
+    #[cfg(feature = "otel")]
+    let logging = logging.with(job.map(|job| otlp::layer(settings, job)).transpose()?.flatten());
+    #[cfg(not(feature = "otel"))]
+    let _ = job;
+    logging.try_init().map_err(|e| Error::internal("logging was started twice").with_source(e))
+}
+
+/// Sends what is still to be exported, for two seconds at most. The runtime has to be there.
+pub fn flush() {
+    #[cfg(feature = "otel")]
+    otlp::flush();
 }
 
 /// JSON was asked for by name.
@@ -163,8 +176,9 @@ mod tests {
 
     #[test]
     fn a_wrong_filter_is_an_input_error_that_names_the_setting() {
-        let settings = LogSettings { level: "backfilld=loud".into(), ..LogSettings::default() };
-        let e = init(&settings, false).expect_err("not a level");
+        let mut settings = Settings::default();
+        settings.log.level = "backfilld=loud".into();
+        let e = init(&settings, false, None).expect_err("not a level");
         assert_eq!(e.kind(), crate::Kind::Input);
         assert!(e.to_string().contains("`log.level`"), "{e}");
     }

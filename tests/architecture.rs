@@ -76,14 +76,15 @@ fn leaves_know_nobody() {
 
 #[test]
 fn lower_layers_do_not_know_higher_ones() {
-    let below: [(&str, &[&str]); 9] = [
+    let below: [(&str, &[&str]); 10] = [
         ("pg", &["error", "pem", "settings", "pg"]),
         ("settings", &["error", "settings"]),
         ("ledger", &["error", "job", "phase", "ledger", "pg"]),
         ("job", &["error", "job", "pg"]),
         ("plan", &["error", "job", "pg", "phase", "plan"]),
         ("http", &["error", "http", "metrics", "pem", "progress"]),
-        ("telemetry", &["error", "progress", "settings", "telemetry", "terminal"]),
+        ("telemetry", &["error", "post", "progress", "settings", "telemetry", "terminal"]),
+        ("post", &["error"]),
         ("eta", &["eta", "progress"]),
         ("pem", &["error", "pem"]),
     ];

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, GenericClient, Statement};
+use tracing::Span;
 
 use super::plan_check::PlanCheck;
 use crate::context::Context;
@@ -56,6 +57,19 @@ impl From<Error> for Failed {
 impl From<tokio_postgres::Error> for Failed {
     fn from(error: tokio_postgres::Error) -> Self {
         Self { error: error.into(), range: None }
+    }
+}
+
+/// Notes in a batch's span what became of it.
+pub(super) fn note(span: &Span, ended: &std::result::Result<Batch, Failed>) {
+    match ended {
+        Ok(Batch::Committed { scanned, updated, .. }) => {
+            span.record("rows_scanned", scanned).record("rows_updated", updated);
+        }
+        Ok(_) => {}
+        Err(failed) => {
+            span.record("sqlstate", failed.error.sqlstate()).record("otel.status_code", "ERROR");
+        }
     }
 }
 

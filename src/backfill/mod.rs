@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use rand::RngExt;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::field::Empty;
+use tracing::{Instrument as _, debug, debug_span, info, warn};
 
 use self::batch::{Batch, Failed};
 use self::sizer::Sizer;
@@ -291,9 +292,14 @@ impl<'a> Loop<'a> {
                 }
                 sizer.rows()
             });
+            let span = debug_span!(
+                target: progress::SPANS, "batch", job = ctx.job(), lane = self.lane, rows,
+                rows_scanned = Empty, rows_updated = Empty, sqlstate = Empty, otel.status_code = Empty,
+            );
             let flight = self.team.throttle.flight();
-            let ended = batch.await;
+            let ended = batch.instrument(span.clone()).await;
             drop(flight);
+            batch::note(&span, &ended);
             match ended {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
                     let ratio = walk.ratio(checkpoint);

@@ -137,7 +137,11 @@ pub fn main() -> ExitCode {
         .enable_all()
         .build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(dispatch(cli)),
+        Ok(runtime) => {
+            let result = runtime.block_on(dispatch(cli));
+            crate::telemetry::flush();
+            result
+        }
         Err(e) => Err(Error::internal("cannot start the runtime").with_source(e)),
     };
     match result {
@@ -200,8 +204,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 impl Global {
     /// The settings, and logging set up from them. `quiet`: only warnings unless the operator asked for more.
     fn settings(&self, quiet: bool) -> Result<Settings> {
+        self.settings_for(quiet, None)
+    }
+
+    /// The same for a process that runs a job.
+    fn settings_for(&self, quiet: bool, job: Option<&str>) -> Result<Settings> {
         let settings = self.load(quiet)?;
-        crate::telemetry::init(&settings.log, std::io::stderr().is_terminal())?;
+        crate::telemetry::init(&settings, std::io::stderr().is_terminal(), job)?;
         Ok(settings)
     }
 

@@ -34,7 +34,7 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     let spec = job::load(&args.job)?;
     // The view says what lines would say, so that only warnings are left to say.
     let live = terminal::stderr_draws() && global.load(false)?.log.format != LogFormat::Json;
-    let settings = global.settings(live)?;
+    let settings = global.settings_for(live, Some(&spec.name))?;
     let daemon = Daemon::new(settings, spec, args.once)?;
     let job = daemon.spec.name.clone();
     signals(job.clone(), daemon.shutdown.clone())?;

@@ -70,6 +70,8 @@ pub struct Settings {
     pub ddl: DdlSettings,
     /// Who is told what happens to the job.
     pub hooks: HookSettings,
+    /// Where traces go.
+    pub telemetry: TelemetrySettings,
     /// Key path to where its value came from; a key that is missing here has its default.
     #[serde(skip)]
     sources: BTreeMap<String, String>,
@@ -261,6 +263,17 @@ pub struct HookSettings {
     pub throttled_after: Duration,
 }
 
+/// Where traces go.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TelemetrySettings {
+    /// Address of an OpenTelemetry collector that takes OTLP over HTTP, without the path, for example
+    /// `http://127.0.0.1:4318`: `run` posts to /v1/traces there a span for the job, each of its phases and each batch. What
+    /// cannot be sent is dropped. Only for binaries built with `--features otel`. Headers and sampling come from the variables
+    /// OTEL_EXPORTER_OTLP_HEADERS and OTEL_TRACES_SAMPLER.
+    pub otlp_endpoint: Option<String>,
+}
+
 impl Default for HookSettings {
     fn default() -> Self {
         Self {
@@ -286,6 +299,7 @@ impl Default for Settings {
             lease: LeaseSettings::default(),
             ddl: DdlSettings::default(),
             hooks: HookSettings::default(),
+            telemetry: TelemetrySettings::default(),
             sources: BTreeMap::new(),
         }
     }

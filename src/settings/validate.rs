@@ -71,6 +71,17 @@ impl Settings {
             )
             .with_hint("keep one of the two"));
         }
+        if let Some(endpoint) = &self.telemetry.otlp_endpoint {
+            if !cfg!(feature = "otel") {
+                return Err(Error::input("`telemetry.otlp_endpoint`: this binary was built without export of traces")
+                    .with_hint("build it with --features otel, or leave the setting out"));
+            }
+            if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+                return Err(Error::input(format!(
+                    "`telemetry.otlp_endpoint`: expected http://host[:port] or https://..., found {endpoint:?}"
+                )));
+            }
+        }
         self.http.validate()?;
         log_filter(&self.log.level).map(|_| ())
     }

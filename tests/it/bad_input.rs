@@ -87,6 +87,13 @@ async fn a_server_that_cannot_be_used_is_named_with_the_reason() {
     run("postgresql://host/app?sslmode=maybe").await.expect(2, "database.url");
     let cli = Cli::new(&db).env("BACKFILLD_LEASE__TTL", "soon");
     cli.run(&["run", "--once", job.path()]).await.expect(2, "`lease.ttl`: expected");
+    #[cfg(not(feature = "otel"))]
+    Cli::new(&db)
+        .env("BACKFILLD_TELEMETRY__OTLP_ENDPOINT", "http://127.0.0.1:4318")
+        .run(&["run", "--once", job.path()])
+        .await
+        .expect(2, "`telemetry.otlp_endpoint`: this binary was built without")
+        .expect(2, "--features otel");
     let cli = Cli::new(&db).env("BACKFILLD_DATABASE__POOLSIZE", "3");
     cli.run(&["run", "--once", job.path()]).await.expect(2, "BACKFILLD_DATABASE__POOL_SIZE");
 }
