@@ -60,8 +60,8 @@ impl From<tokio_postgres::Error> for Failed {
     }
 }
 
-/// Notes in a batch's span what became of it.
-pub(super) fn note(span: &Span, ended: &std::result::Result<Batch, Failed>) {
+/// Notes in a batch's span what became of it, and ends it: the pause that follows is none of it.
+pub(super) fn note(span: Span, ended: &std::result::Result<Batch, Failed>) {
     match ended {
         Ok(Batch::Committed { scanned, updated, .. }) => {
             span.record("rows_scanned", scanned).record("rows_updated", updated);

@@ -299,7 +299,7 @@ impl<'a> Loop<'a> {
             let flight = self.team.throttle.flight();
             let ended = batch.instrument(span.clone()).await;
             drop(flight);
-            batch::note(&span, &ended);
+            batch::note(span, &ended);
             match ended {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
                     let ratio = walk.ratio(checkpoint);
