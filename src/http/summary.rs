@@ -119,17 +119,18 @@ fn running(s: &Snapshot) -> (Mood, &'static str, String) {
 fn next(s: &Snapshot) -> Next {
     let say = |text: String, command: &str| Next { text, command: format!("backfilld {command} {}", s.job) };
     // A hint often ends with the command, which stands in a line of its own here.
-    let hint = |text: &str| match s.hint.split("backfilld ").next().unwrap_or_default().trim() {
-        "" => text.to_owned(),
-        before => before.to_owned(),
+    let ask = |text: &str, command: &str| {
+        let next = say(text.to_owned(), command);
+        let hint = s.hint.strip_suffix(&next.command).unwrap_or(&s.hint).trim();
+        if hint.is_empty() { next } else { Next { text: hint.to_owned(), ..next } }
     };
     if s.phase == "standby" {
         return say(format!("Nothing. {} works on the job; to see how far it is:", s.lease.holder), "status");
     }
     match s.status.as_str() {
-        "failed" => say(hint("Mend the cause, then let it go on:"), "resume"),
-        "held" => say(hint("Look at the proof, then let it go on:"), "cutover"),
-        "paused" => say(hint("Let it go on:"), "resume"),
+        "failed" => ask("Mend the cause, then let it go on:", "resume"),
+        "held" => ask("Look at the proof, then let it go on:", "cutover"),
+        "paused" => ask("Let it go on:", "resume"),
         "rolled_back" => say("To run it again, forget it first:".into(), "uninstall"),
         "done" => say("Nothing has to be done. To prove the data again, whenever you like:".into(), "verify"),
         "running" if s.quarantined > 0 => say("See which rows, and why:".into(), "quarantine list"),
@@ -206,6 +207,23 @@ mod tests {
         assert_eq!((next.text.as_str(), next.command.as_str()), ("when you are ready:", "backfilld cutover j"));
         s.hint = "backfilld cutover j".into();
         assert_eq!(Summary::of(&s).next.text, "Look at the proof, then let it go on:");
+    }
+
+    #[test]
+    fn other_commands_of_a_hint_are_said_whole() {
+        let mut s = at("backfill", "failed");
+        for (hint, text) in [
+            (
+                "backfilld status j lists keys; correct the data, then: backfilld resume j",
+                "backfilld status j lists keys; correct the data, then:",
+            ),
+            ("backfilld quarantine list j has keys and codes", "backfilld quarantine list j has keys and codes"),
+            ("say backfilld rollback j", "say backfilld rollback j"),
+        ] {
+            s.hint = hint.into();
+            let next = Summary::of(&s).next;
+            assert_eq!((next.text.as_str(), next.command.as_str()), (text, "backfilld resume j"));
+        }
     }
 
     #[test]
