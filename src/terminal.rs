@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal as _, Write};
 use std::sync::{Mutex, PoisonError};
 
 use console::{Term, measure_text_width};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// What stands at the bottom now; empty: nothing.
 static BOTTOM: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -67,18 +68,53 @@ impl Write for Above {
         self.write_all(text).map(|()| text.len())
     }
 
+    /// Never fails: whoever is told that a line of the log could not be written can only say so where it could not be.
     fn write_all(&mut self, text: &[u8]) -> io::Result<()> {
         let bottom = BOTTOM.lock().unwrap_or_else(PoisonError::into_inner);
-        if bottom.is_empty() {
-            return io::stderr().lock().write_all(text);
-        }
-        let whole = [erase(&bottom, size().1).as_bytes(), text, drawn(&bottom).as_bytes()].concat();
-        io::stderr().lock().write_all(&whole)
+        let mut stderr = io::stderr().lock();
+        let _ = if bottom.is_empty() {
+            stderr.write_all(text)
+        } else {
+            stderr.write_all(&[erase(&bottom, size().1).as_bytes(), text, drawn(&bottom).as_bytes()].concat())
+        };
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().lock().flush()
+        Ok(())
     }
+}
+
+/// The end of the terminal: SIGHUP.
+#[derive(Debug)]
+pub struct Hangup(Option<Signal>);
+
+impl Hangup {
+    /// Listens for it, unless whoever started us has it ignored, as nohup does: then we outlive the terminal.
+    ///
+    /// # Errors
+    /// Whatever the system says.
+    pub fn listen() -> io::Result<Self> {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let hangup = if is_ignored(&status) { None } else { Some(signal(SignalKind::hangup())?) };
+        Ok(Self(hangup))
+    }
+
+    /// Waits for it.
+    pub async fn recv(&mut self) {
+        match &mut self.0 {
+            Some(signal) => {
+                signal.recv().await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Whether SIGHUP, which is signal 1, is in the mask of ignored signals in /proc/PID/status.
+fn is_ignored(status: &str) -> bool {
+    let mask = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
+    mask.and_then(|m| u64::from_str_radix(m.trim(), 16).ok()).is_some_and(|m| m & 1 == 1)
 }
 
 /// Goes up to the first of the lines and clears from there. A terminal that has become narrower since has wrapped them.
@@ -132,6 +168,13 @@ fn say(text: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nohup_is_seen_in_the_mask_of_ignored_signals() {
+        assert!(is_ignored("SigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n"));
+        assert!(!is_ignored("SigBlk:\t0000000000000001\nSigIgn:\t0000000000001000\n"));
+        assert!(!is_ignored(""));
+    }
 
     #[test]
     fn lines_that_a_narrower_terminal_has_wrapped_are_erased_whole() {

@@ -20,6 +20,7 @@ use crate::job::load::parse;
 use crate::ledger::checkpoint;
 use crate::plan::Facts;
 use crate::settings::Settings;
+use crate::terminal;
 use crate::verify::Proof;
 
 /// Options.
@@ -84,7 +85,7 @@ pub async fn run(global: &Global, args: DemoArgs) -> Result<()> {
             ended = daemon.run() => {
                 stop.cancel();
                 let why = ended.err().map(|e| format!(": {e}")).unwrap_or_default();
-                eprintln!("demo: the daemon has ended{why}; the server is still running");
+                terminal::print(&format!("demo: the daemon has ended{why}; the server is still running"));
                 serving.await?;
             }
         }
@@ -115,12 +116,12 @@ async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld, path: &Path) 
         Ok(server) => server,
         Err(e) => {
             // The demo is the same without.
-            eprintln!("demo: no status page: {}", e.line());
+            terminal::print(&format!("demo: no status page: {}", e.line()));
             None
         }
     };
     if server.is_some() {
-        eprintln!("demo: watch it at http://{}/", base.http.listen);
+        terminal::print(&format!("demo: watch it at http://{}/", base.http.listen));
     }
     let view = Live::start(daemon.progress.clone());
     let result = daemon.run().await;

@@ -18,6 +18,7 @@ use crate::http::{self, HttpState, Pulse, Readiness, TlsFiles};
 use crate::phase::Status;
 use crate::progress::{self, Progress};
 use crate::settings::LogFormat;
+use crate::terminal::Hangup;
 use crate::{job, metrics, terminal};
 
 /// Options.
@@ -52,7 +53,7 @@ pub async fn run(global: &Global, args: RunArgs) -> Result<()> {
     let result = daemon.run().await;
     if let Some(view) = view {
         view.end().await;
-        eprintln!("{}", view::line(&daemon.progress.now()));
+        terminal::print(&view::line(&daemon.progress.now()));
     }
     http_stop.cancel();
     if let Some(server) = server {
@@ -106,19 +107,26 @@ async fn readiness(pool: &crate::pg::pool::Pool) -> Readiness {
     }
 }
 
-/// SIGTERM and SIGINT finish the batch in flight; a second one ends the process at once, which the checkpoint survives.
+/// SIGTERM, SIGINT and the end of the terminal finish the batch in flight. A second SIGTERM or SIGINT ends the process at
+/// once, which the checkpoint survives; a second SIGHUP does not, as shell and terminal may both send one.
 fn signals(job: String, shutdown: CancellationToken) -> Result<()> {
     let cannot = |e| Error::internal("cannot listen for signals").with_source(e);
     let mut term = signal(SignalKind::terminate()).map_err(cannot)?;
     let mut int = signal(SignalKind::interrupt()).map_err(cannot)?;
+    let mut hangup = Hangup::listen().map_err(cannot)?;
     tokio::spawn(async move {
-        for times in 0.. {
-            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-            if times > 0 {
+        let mut told = false;
+        loop {
+            let hung_up =
+                tokio::select! { _ = term.recv() => false, _ = int.recv() => false, () = hangup.recv() => true };
+            if told && !hung_up {
                 std::process::exit(i32::from(Kind::Interrupted.exit_code()));
             }
-            info!(job, "stopping after the batch in flight");
-            shutdown.cancel();
+            if !told {
+                info!(job, "stopping after the batch in flight");
+                shutdown.cancel();
+            }
+            told = true;
         }
     });
     Ok(())

@@ -16,6 +16,7 @@ use tokio_postgres::{Client, NoTls};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Kind, Result};
+use crate::terminal::{self, Hangup};
 use cluster::{Cluster, ClusterOptions, SUPERUSER};
 use summary::{DriveReport, Summary};
 use traffic::{Phase, Traffic, TrafficOptions};
@@ -100,7 +101,7 @@ impl DemoWorld {
 /// A problem with the result is not an error here: see [`Summary::verdict`].
 ///
 /// # Errors
-/// No server, an error of `drive`, or an interrupt (SIGINT, SIGTERM). What was started is stopped, unless `keep`.
+/// No server, an error of `drive`, or an interrupt (SIGINT, SIGTERM, SIGHUP). What was started is stopped, unless `keep`.
 pub async fn run(
     options: &Options,
     drive: impl AsyncFnOnce(&DemoWorld) -> Result<DriveReport>,
@@ -155,7 +156,7 @@ async fn run_uninterrupted(
     Ok((Summary { server_version, rows, drive, traffic, oracle, nulls, drift, list_before, list_after }, cluster))
 }
 
-/// For `--keep`: says how to connect, and stops the server on SIGINT or SIGTERM.
+/// For `--keep`: says how to connect, and stops the server on SIGINT, SIGTERM or SIGHUP.
 ///
 /// # Errors
 /// No signal handler, or a server that does not stop.
@@ -212,13 +213,15 @@ async fn connect(url: &str) -> Result<Client> {
     Ok(client)
 }
 
-/// Ends with SIGINT or SIGTERM.
+/// Ends with SIGINT, SIGTERM or SIGHUP.
 async fn interrupt() -> Result<()> {
     let handler = |kind| signal(kind).map_err(|e| Error::internal("cannot handle signals").with_source(e));
     let (mut int, mut term) = (handler(SignalKind::interrupt())?, handler(SignalKind::terminate())?);
+    let mut hangup = Hangup::listen().map_err(|e| Error::internal("cannot handle signals").with_source(e))?;
     tokio::select! {
         _ = int.recv() => {}
         _ = term.recv() => {}
+        () = hangup.recv() => {}
     }
     Ok(())
 }
@@ -240,5 +243,5 @@ fn how_to_connect(cluster: &Cluster) -> String {
 
 /// stdout is for the summary.
 fn say(line: &str) {
-    eprintln!("demo: {line}");
+    terminal::print(&format!("demo: {line}"));
 }

@@ -1,6 +1,6 @@
 //! The live view, on a real terminal.
 
-use crate::support::{Cli, JOB, JobDir, Ledger, Template, Terminal, TestDb};
+use crate::support::{Cli, JOB, JobDir, Ledger, Template, Terminal, TestDb, wait_until};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_backfilld");
 
@@ -103,4 +103,38 @@ async fn without_a_terminal_watching_is_lines_without_escape_sequences() {
     let first = ended.stdout.lines().next().unwrap_or_default();
     assert!(first.contains(&format!("Z {JOB} backfill: waiting, ")) && first.contains("query_gate"), "{ended:#?}");
     assert!(!ended.stdout.contains('\x1b'), "{ended:#?}");
+}
+
+#[tokio::test]
+async fn a_terminal_that_is_closed_stops_a_daemon_in_order_unless_nohup_says_otherwise() {
+    let db = TestDb::new(Template::Rows(500)).await;
+    let job = JobDir::with("hold_before = [\"flip\"]");
+    let ledger = Ledger::new(&db).await;
+    let cli = Cli::new(&db).env("BACKFILLD_HTTP__LISTEN", "off");
+    let daemon = cli.start(&["run", job.path()]);
+    ledger.wait_status("held").await;
+    daemon.signal("HUP");
+    daemon.ended().await.expect(0, "stopped on request");
+
+    let daemon = cli.under_nohup().start(&["run", job.path()]);
+    let held = "select exists (select from backfilld.lease where expires_at > now())";
+    wait_until("it has the lease", async || ledger.is(held).await).await;
+    daemon.signal("HUP");
+    Cli::new(&db).run(&["cutover", JOB]).await.expect(0, "");
+    ledger.wait_status("done").await;
+    daemon.signal("TERM");
+    daemon.ended().await.expect(0, "stopped on request");
+}
+
+#[tokio::test]
+async fn a_demo_whose_terminal_is_closed_leaves_no_server() {
+    let demo = format!("{BINARY} demo --rows 1000");
+    let Some(terminal) = Terminal::start(80, &[("BACKFILLD_HTTP__LISTEN", "off")], &demo) else { return };
+    let screen = terminal.shows(&["demo: application alone"]).await;
+    let (_, place) = screen.split_once("on 127.0.0.1:").expect("the server's port");
+    let port: String = place.chars().take_while(char::is_ascii_digit).collect();
+    let place = ("127.0.0.1", port.parse().expect("a port"));
+    assert!(tokio::net::TcpStream::connect(place).await.is_ok(), "it runs: {screen}");
+    drop(terminal);
+    wait_until("its server is gone", async || tokio::net::TcpStream::connect(place).await.is_err()).await;
 }

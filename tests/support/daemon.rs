@@ -203,6 +203,13 @@ impl Cli {
         self
     }
 
+    /// Told to outlive its terminal.
+    #[must_use]
+    pub fn under_nohup(mut self) -> Self {
+        self.wrapper = vec!["nohup"];
+        self
+    }
+
     #[must_use]
     pub fn env(mut self, key: &str, value: &str) -> Self {
         self.env.insert(key.to_owned(), value.to_owned());
@@ -246,7 +253,7 @@ impl Process {
         self.child.as_ref().and_then(Child::id).expect("it runs")
     }
 
-    /// `TERM`, `INT` or `KILL`.
+    /// `TERM`, `INT`, `HUP` or `KILL`.
     pub fn signal(&self, name: &str) {
         let pid = self.pid().to_string();
         let sent = std::process::Command::new("kill").args(["-s", name, &pid]).status().expect("kill");
