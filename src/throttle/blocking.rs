@@ -9,7 +9,7 @@ use tokio_postgres::Client;
 use crate::error::Result;
 use crate::pg::connect::{Canceller, Session};
 
-/// How often locks that somebody waits for are looked at. With the shortest patience an application waits for both.
+/// How often locks that somebody waits for are looked at. At worst, an application waits for both this and the patience.
 pub const EVERY: Duration = Duration::from_millis(50);
 
 /// The sessions of our batches, and which of them were cancelled.
@@ -30,11 +30,12 @@ impl Batches {
         self.cancelled.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid)
     }
 
-    /// Cancels batches for which somebody has waited longer than `patience`. Gives how many.
+    /// Cancels batches for which somebody has waited longer than `patience`. Gives how many, and how long until the next
+    /// look: who waits already is not kept waiting until it is due anyway.
     ///
     /// # Errors
     /// Database errors.
-    pub async fn give_way(&self, client: &Client, patience: Duration) -> Result<usize> {
+    pub async fn give_way(&self, client: &Client, patience: Duration) -> Result<(usize, Duration)> {
         let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let pids: Vec<i32> = sessions.iter().map(|s| s.0).collect();
         // pg_blocking_pids() holds up the lock manager for a moment, so it is only asked about those who wait.
@@ -43,19 +44,27 @@ impl Batches {
                 "with waiting as materialized (
                    select l.pid, min(l.waitstart) as since from pg_locks l
                    where not l.granted and l.pid <> all ($1) group by l.pid)
-                 select distinct b.pid from waiting w, unnest(pg_blocking_pids(w.pid)) as b(pid)
-                 where b.pid = any ($1) and clock_timestamp() - w.since > make_interval(secs => $2)",
-                &[&pids, &patience.as_secs_f64()],
+                 select b.pid, coalesce(max(extract(epoch from clock_timestamp() - w.since)), 0)::float8
+                 from waiting w, unnest(pg_blocking_pids(w.pid)) as b(pid)
+                 where b.pid = any ($1) group by b.pid",
+                &[&pids],
             )
             .await?;
+        let (mut cancelled, mut next) = (0, EVERY);
         for row in &rows {
-            let pid: i32 = row.get(0);
+            let (pid, waited): (i32, f64) = (row.get(0), row.get(1));
+            let left = patience.saturating_sub(Duration::from_secs_f64(waited.max(0.0)));
+            if !left.is_zero() {
+                next = next.min(left);
+                continue;
+            }
+            cancelled += 1;
             if let Some((_, canceller)) = sessions.iter().find(|s| s.0 == pid) {
                 self.cancelled.lock().unwrap_or_else(PoisonError::into_inner).insert(pid);
                 canceller.cancel().await?;
             }
         }
-        Ok(rows.len())
+        Ok((cancelled, next))
     }
 }
 

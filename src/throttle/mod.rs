@@ -206,13 +206,13 @@ async fn watch_locks(ctx: &Context, batches: &Batches, pulse: &Pulse) -> Result<
     let session = ctx.connect("locks").await?;
     session.client.batch_execute(&probe::session_settings()).await?;
     loop {
-        let n = batches.give_way(&session.client, ctx.live.now().throttle.give_way_after).await?;
+        let (n, next) = batches.give_way(&session.client, ctx.live.now().throttle.give_way_after).await?;
         if n > 0 {
             pulse.press();
             info!(job = ctx.job(), batches = n, "cancelled a batch that kept somebody waiting");
             let client = ctx.client().await?;
             event::record(&**client, ctx.job(), "gave_way", serde_json::json!({ "batches": n })).await?;
         }
-        tokio::time::sleep(blocking::EVERY).await;
+        tokio::time::sleep(next).await;
     }
 }
