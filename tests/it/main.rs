@@ -43,6 +43,7 @@ mod sync_sources;
 mod sync_values;
 mod terminal;
 mod throttle;
+mod throttle_reaction;
 mod throttle_servers;
 mod throttle_signals;
 mod tune;

@@ -8,19 +8,19 @@ use backfilld::demo::cluster::{Cluster, ClusterOptions, SUPERUSER};
 use backfilld::demo::sample;
 use tokio_postgres::{Client, NoTls};
 
-use crate::support::{Cli, JobDir, Ledger, wait_until};
+use crate::support::{Cli, JobDir, Ledger, Session, wait_until};
 
 const DATABASE: &str = "app";
 const MB: i64 = 1024 * 1024;
 
 /// A server with the sample's table.
-struct World {
-    cluster: Cluster,
-    ledger: Ledger,
+pub(crate) struct World {
+    pub(crate) cluster: Cluster,
+    pub(crate) ledger: Ledger,
 }
 
 impl World {
-    async fn start(rows: u64, settings: &[&str]) -> Self {
+    pub(crate) async fn start(rows: u64, settings: &[&str]) -> Self {
         let bin = std::env::var_os("BACKFILLD_TEST_PG_BIN").map(Into::into);
         let mut all = vec!["fsync = off".to_owned(), "wal_level = logical".into(), "autovacuum = off".into()];
         all.extend(settings.iter().map(|s| (*s).to_owned()));
@@ -36,8 +36,12 @@ impl World {
         Self { cluster, ledger: Ledger { client: Arc::new(client) } }
     }
 
-    fn cli(&self) -> Cli {
+    pub(crate) fn cli(&self) -> Cli {
         Cli::at(&self.cluster.url(sample::DAEMON, DATABASE))
+    }
+
+    pub(crate) async fn session(&self, name: &'static str, role: &str) -> Session {
+        Session::new(name, connect(&self.cluster.url(role, DATABASE)).await).await
     }
 
     async fn waits_for(&self, text: &str) {
@@ -53,7 +57,7 @@ impl World {
     }
 
     /// Until batches have gone on.
-    async fn goes_on(&self) {
+    pub(crate) async fn goes_on(&self) {
         let before = self.batches().await;
         wait_until("batches go on", async || self.batches().await > before + 2 || self.ledger.status().await == "done")
             .await;
@@ -67,7 +71,7 @@ async fn connect(url: &str) -> Client {
 }
 
 /// A streaming replica, made by `pg_basebackup`. Stopped when dropped.
-struct Replica {
+pub(crate) struct Replica {
     bin: PathBuf,
     data: PathBuf,
     port: u16,
@@ -75,7 +79,7 @@ struct Replica {
 }
 
 impl Replica {
-    fn start(primary: &Cluster, name: &str) -> Self {
+    pub(crate) fn start(primary: &Cluster, name: &str) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
         drop(listener);
@@ -107,20 +111,20 @@ impl Replica {
         command
     }
 
-    fn up(&self) {
+    pub(crate) fn up(&self) {
         let mut start = self.program("pg_ctl");
         start.args(["start", "-w", "-D"]).arg(&self.data).arg("-l").arg(self.data.with_extension("log"));
         start.args(["-o", &format!("-p {}", self.port)]);
         succeed(start);
     }
 
-    fn kill(&self) {
+    pub(crate) fn kill(&self) {
         let mut stop = self.program("pg_ctl");
         stop.args(["stop", "-w", "-m", "immediate", "-D"]).arg(&self.data);
         succeed(stop);
     }
 
-    async fn run(&self, statements: &[&str]) {
+    pub(crate) async fn run(&self, statements: &[&str]) {
         let client = connect(&self.url).await;
         for sql in statements {
             client.batch_execute(sql).await.expect(sql);

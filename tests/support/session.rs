@@ -21,7 +21,7 @@ pub struct Session {
 }
 
 impl Session {
-    pub(super) async fn new(name: &'static str, client: Client) -> Self {
+    pub async fn new(name: &'static str, client: Client) -> Self {
         let pid = client.query_one("select pg_backend_pid()", &[]).await.expect("a pid").get(0);
         Self { name, pid, client: Arc::new(client), running: None }
     }
