@@ -12,6 +12,7 @@ use serde_json::json;
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
+use crate::chart::{self, Bars};
 use crate::foreground::{Foreground, Latency};
 use crate::report::{Report, Table, median};
 use crate::world::{Database, JOB, Job, World, connect, say};
@@ -173,6 +174,14 @@ pub async fn run(world: &World, runs: u32, ways: &[Way], foreground: Option<u32>
         });
         data.insert(way.label().to_owned(), values);
     }
+    let of = |title: &str, get: fn(&Run) -> f64| Bars {
+        title: title.to_owned(),
+        values: ways.iter().map(|&way| (way.label().to_owned(), middle(way, get))).collect(),
+    };
+    let millions = world.rows as f64 / 1e6;
+    let rates = of(&format!("Rows per second, {millions} million rows (more is better)"), |r| r.rate);
+    let growth = of("Growth of the table in percent (less is better)", |r| r.heap);
+    report.chart("fill", chart::bars(&[rates, of("WAL in MB (less is better)", |r| r.wal), growth]));
     data.insert("foreground alone".to_owned(), quiet.iter().map(Latency::json).collect());
     let head = vec!["rows/s", "WAL MB", "images", "heap", "indexes"];
     report.add("fill", Table { title: "Fill", head, rows }, data.into());

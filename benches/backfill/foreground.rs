@@ -108,7 +108,8 @@ impl Drop for Foreground {
 }
 
 impl Latency {
-    fn at(&self, share: f64) -> f64 {
+    /// The latency that this share of the transactions kept within, in milliseconds.
+    pub fn at(&self, share: f64) -> f64 {
         let i = ((self.ms.len() as f64 * share).ceil() as usize).clamp(1, self.ms.len()) - 1;
         self.ms[i]
     }

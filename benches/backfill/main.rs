@@ -1,6 +1,7 @@
 //! `make bench`: the daemon against a bare loop and one UPDATE, and what it costs, on a throwaway server with the demo's
 //! table. docs/benchmarks.md says how to read the numbers.
 
+mod chart;
 mod fill;
 mod flip;
 mod foreground;

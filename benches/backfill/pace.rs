@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 use backfilld::{Error, Result};
 use serde_json::json;
 
+use crate::chart::{self, Curve};
 use crate::foreground::{Foreground, Latency};
 use crate::report::{Report, Table, median};
 use crate::world::{JOB, Job, World, say};
 
 /// How long each run is looked at; a fast one ends before.
-const LOOK: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_secs(15);
+/// What the default has to find its pace, which a backfill of any size has as well.
+const SETTLE: Duration = Duration::from_secs(20);
 
 /// Duty, and the target duration of a batch in milliseconds; the last two are the default and nobody.
 const POINTS: [(&str, &str); 6] = [
@@ -62,6 +65,20 @@ pub async fn run(world: &World, runs: u32, all: bool, rate: u32, report: &mut Re
         .map(|r| json!({ "point": r.point, "rows_per_second": r.rate, "foreground_ms": r.latency.json() }))
         .collect::<Vec<_>>();
     let data = json!({ "transactions_per_second": rate, "runs": data, "idle_rows_per_second": idle });
+    if all {
+        let line = |share: f64| {
+            let points = points.iter().filter(|(point, _)| *point != POINTS[0].0);
+            let at = |point: &str| {
+                let rate = median(&of(point).iter().map(|r| r.rate).collect::<Vec<_>>());
+                (rate, median(&of(point).iter().map(|r| r.latency.at(share)).collect::<Vec<_>>()))
+            };
+            points.map(|(point, _)| at(point)).filter(|p| p.0 > 0.0).collect()
+        };
+        let title = format!("The application's latency beside the backfill, {rate} transactions per second");
+        let lines = [("p50", 0.5), ("p95", 0.95), ("p99", 0.99)].map(|(name, share)| (name, line(share)));
+        let curve = Curve { title, x: "rows per second", y: "ms", lines: lines.into() };
+        report.chart("pace", chart::curve(&curve));
+    }
     report.add(
         "pace",
         Table { title: "Pace", head: vec!["rows/s", "p50 ms", "p95 ms", "p99 ms", "max ms"], rows },
@@ -91,6 +108,9 @@ async fn one(world: &World, point: &'static str, batching: &str, rate: u32) -> R
     let job = Job { hold_before: "\"constrain\"", batching };
     let mut daemon = world.daemon(&db.name, "pace", &job, &[], &[])?;
     db.until(&mut daemon, |_, _, batches| batches > 0).await?;
+    if point == AUTO {
+        tokio::time::sleep(SETTLE).await;
+    }
     traffic.mark();
     let (began, before) = (Instant::now(), filled(&db).await?);
     while began.elapsed() < LOOK {

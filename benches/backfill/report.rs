@@ -12,6 +12,7 @@ pub struct Report {
     about: Value,
     tables: Vec<Table>,
     data: serde_json::Map<String, Value>,
+    charts: Vec<(&'static str, String)>,
 }
 
 /// At most 80 columns: a label of 30, and 10 for each of five values.
@@ -33,7 +34,7 @@ impl Report {
             "cpu": model,
             "version": env!("CARGO_PKG_VERSION"),
         });
-        Ok(Self { about, tables: Vec::new(), data: serde_json::Map::new() })
+        Ok(Self { about, tables: Vec::new(), data: serde_json::Map::new(), charts: Vec::new() })
     }
 
     /// `data`: the same with every single run.
@@ -42,7 +43,12 @@ impl Report {
         self.data.insert(section.to_owned(), data);
     }
 
-    /// Writes target/bench/backfill.json.
+    /// A chart as SVG; docs/ has those of the numbers that it shows.
+    pub fn chart(&mut self, name: &'static str, svg: String) {
+        self.charts.push((name, svg));
+    }
+
+    /// Writes target/bench/backfill.json, and the charts beside it.
     pub fn write(&self) -> Result<PathBuf> {
         let target = Path::new(BINARY).ancestors().nth(2).unwrap_or(Path::new("."));
         let dir = target.join("bench");
@@ -52,6 +58,9 @@ impl Report {
         let text = serde_json::to_string_pretty(&all).unwrap_or_default();
         std::fs::create_dir_all(&dir)
             .and_then(|()| std::fs::write(&path, text + "\n"))
+            .and_then(|()| {
+                self.charts.iter().try_for_each(|(name, svg)| std::fs::write(dir.join(name).with_extension("svg"), svg))
+            })
             .map_err(|e| Error::internal(format!("cannot write {}", path.display())).with_source(e))?;
         Ok(path)
     }
