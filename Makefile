@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutations test-versions test-clean check check-deploy release deb bench
+.PHONY: help demo test mutations test-versions test-clean check check-deps check-deploy release deb bench
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -48,6 +48,9 @@ release: ## the release binary, with a look at its size, start and needs
 
 deb: release ## a Debian package in target/
 	scripts/build-deb.sh
+
+check-deps: ## advisories, licences and sources of all dependencies (needs cargo-deny)
+	$(CARGO) deny --locked check
 
 check-deploy: ## render the Helm chart, validate manifests, lint the Dockerfile (gets the tools from PyPI)
 	scripts/check-deploy.sh
