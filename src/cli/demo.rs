@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use secrecy::SecretString;
+use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -76,7 +77,7 @@ pub async fn run(global: &Global, args: DemoArgs) -> Result<()> {
     if args.keep {
         let daemon = Daemon::new(settings(&base, &cluster)?, spec, false)?;
         let stop = CancellationToken::new();
-        let server = serve_http(&daemon, &Pulse::new(), stop.clone()).await?;
+        let server = status_page(&daemon, &Pulse::new(), &stop).await;
         let serving = demo::serve_until_ctrl_c(cluster);
         tokio::pin!(serving);
         tokio::select! {
@@ -108,18 +109,19 @@ fn settings(base: &Settings, cluster: &Cluster) -> Result<Settings> {
     Ok(settings)
 }
 
+/// The demo is the same without: another daemon may have the port.
+async fn status_page(daemon: &Daemon, pulse: &Pulse, stop: &CancellationToken) -> Option<JoinHandle<()>> {
+    serve_http(daemon, pulse, stop.clone()).await.unwrap_or_else(|e| {
+        terminal::print(&format!("demo: no status page: {}", e.line()));
+        None
+    })
+}
+
 async fn drive(base: &Settings, spec: &JobSpec, world: &DemoWorld, path: &Path) -> Result<DriveReport> {
     let settings = settings(base, world.cluster())?;
     let daemon = Daemon::new(settings.clone(), spec.clone(), true)?;
     let (pulse, stop) = (Pulse::new(), CancellationToken::new());
-    let server = match serve_http(&daemon, &pulse, stop.clone()).await {
-        Ok(server) => server,
-        Err(e) => {
-            // The demo is the same without.
-            terminal::print(&format!("demo: no status page: {}", e.line()));
-            None
-        }
-    };
+    let server = status_page(&daemon, &pulse, &stop).await;
     if server.is_some() {
         terminal::print(&format!("demo: watch it at http://{}/", base.http.listen));
     }
