@@ -51,7 +51,7 @@ pub async fn run(world: &World, runs: u32, report: &mut Report) -> Result<()> {
     let rows = vec![
         line("SIGTERM to exit", &stop),
         line("SIGTERM to standby's lease", &leased),
-        line("SIGTERM to standby's first batch", &worked),
+        line("SIGTERM to standby's batch", &worked),
         line("kill -9, same instance", &same),
         line("kill -9, other, ttl 5 s", &other),
     ];
