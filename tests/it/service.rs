@@ -134,6 +134,8 @@ async fn a_rolling_restart_under_load_loses_nothing() {
     let ledger = Ledger::new(&db).await;
     let before = ledger.number("select count(*) from public.messages").await;
     let job = JobDir::shipped();
+    // Comparing everybody's access beside three writers is most of the time otherwise, and others test it.
+    job.without_access();
     job.replace("initial_rows = 100", "pause = \"100ms\"\ninitial_rows = 100");
     // Closed while a standby starts, however long that takes, so that some rows are left for it.
     job.append("[throttle]\nevery = \"100ms\"\n[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"");
