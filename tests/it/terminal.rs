@@ -128,7 +128,7 @@ async fn a_terminal_that_is_closed_stops_a_daemon_in_order_unless_nohup_says_oth
 
 #[tokio::test]
 async fn a_demo_whose_terminal_is_closed_leaves_no_server() {
-    let demo = format!("{BINARY} demo --rows 1000");
+    let demo = format!("{BINARY} demo --rows 1000 --keep");
     let Some(terminal) = Terminal::start(80, &[("BACKFILLD_HTTP__LISTEN", "off")], &demo) else { return };
     let screen = terminal.shows(&["demo: application alone"]).await;
     let (_, place) = screen.split_once("on 127.0.0.1:").expect("the server's port");
