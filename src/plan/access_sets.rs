@@ -111,6 +111,14 @@ pub fn seen(shape: &Shape, condition: &str, way: Way, range: &str) -> String {
     }
 }
 
+/// Users of `$1` for whom two statements of [`seen`] give different rows, in one snapshot: user, rows of the first, of the second.
+pub fn differing(old: &str, new: &str) -> String {
+    format!(
+        "select coalesce(o.u, n.u), coalesce(o.n, 0)::int8, coalesce(n.n, 0)::int8\nfrom ({old}) as o(u, n, h)\n\
+         full join ({new}) as n(u, n, h) on o.u = n.u\nwhere (o.n, o.h) is distinct from (n.n, n.h)"
+    )
+}
+
 /// Keys, as one text each, of rows for which `condition` holds for several of the users that the query `users` gives; at most
 /// `limit`.
 pub fn shared(shape: &Shape, condition: &str, way: Way, users: &str, limit: i64) -> String {
