@@ -443,16 +443,16 @@ async fn every_session_has_our_settings_and_can_be_cancelled_over_tls() {
     assert!(session.client.query_typed(sql, &types).await.unwrap()[0].get::<_, bool>(0));
     assert!(session.server_version_num >= 120_000);
 
-    // A request that comes before the statement is lost, so ask until it is heard.
-    let canceller = session.canceller();
-    let asking = tokio::spawn(async move {
-        loop {
-            canceller.cancel().await.unwrap();
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-    });
-    let error = session.client.batch_execute("select pg_catalog.pg_sleep(60)").await.unwrap_err();
-    asking.abort();
+    // A request that comes before the statement is lost.
+    let watcher = connector.connect("watcher").await.unwrap();
+    let under_way = "select count(*) from pg_catalog.pg_stat_activity where pid = $1 and wait_event = 'PgSleep'";
+    let cancel = async {
+        let types = [(&session.pid as _, tokio_postgres::types::Type::INT4)];
+        while watcher.client.query_typed(under_way, &types).await.unwrap()[0].get::<_, i64>(0) == 0 {}
+        session.canceller().cancel().await.unwrap();
+    };
+    let (ended, ()) = tokio::join!(session.client.batch_execute("select pg_catalog.pg_sleep(60)"), cancel);
+    let error = ended.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "57014");
 
     let pid = session.pid;
