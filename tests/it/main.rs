@@ -5,6 +5,7 @@
 mod support;
 
 mod access;
+mod access_meanwhile;
 mod bad_input;
 mod batches;
 mod cluster;
