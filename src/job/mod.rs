@@ -1,8 +1,10 @@
 //! What the operator wrote: `job.toml` and its SQL files, parsed and validated. Knows no database.
 
 pub mod access;
+pub mod batching;
 pub mod lex;
 pub mod load;
+pub mod policies;
 #[cfg(test)]
 mod reference;
 pub mod report;

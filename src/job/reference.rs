@@ -50,7 +50,7 @@ fn reference_markdown() -> Result<String> {
          indexes, constraints, policies, roles) are written exactly as they are, without quotes.\n\n\
          Expressions see the target as `t` and each source by its alias. They are evaluated with `search_path =\n\
          pg_catalog, pg_temp`, so functions and types outside `pg_catalog` need their schema.\n\n\
-         This page is made from the comments in src/job/spec.rs.\n"
+         This page is made from the comments in src/job/spec.rs and the files beside it.\n"
     );
     for section in sections(&example) {
         let node = schema.pointer(section.schema).unwrap_or(&Json::Null);
