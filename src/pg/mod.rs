@@ -5,4 +5,5 @@ mod connect_error;
 pub mod ident;
 pub mod pool;
 pub mod pooler;
+mod session;
 mod tls;
