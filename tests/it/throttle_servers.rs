@@ -56,10 +56,10 @@ impl World {
         self.ledger.number("select coalesce(sum(batches), 0) from backfilld.checkpoint").await
     }
 
-    /// Until batches have gone on.
-    pub(crate) async fn goes_on(&self) {
+    /// Until more than `n` batches have gone on.
+    pub(crate) async fn goes_on(&self, n: i64) {
         let before = self.batches().await;
-        wait_until("batches go on", async || self.batches().await > before + 2 || self.ledger.status().await == "done")
+        wait_until("batches go on", async || self.batches().await > before + n || self.ledger.status().await == "done")
             .await;
     }
 }
@@ -171,12 +171,12 @@ async fn a_replica_that_falls_behind_is_late_or_dies_stops_batches_until_it_has_
     wait_until("ten measurements", async || world.ledger.number(later).await > 0).await;
     assert!(world.batches().await <= batches + 1, "{batches}");
     replica.run(&["select pg_wal_replay_resume()"]).await;
-    world.goes_on().await;
+    world.goes_on(2).await;
     // It replays late.
     replica.run(&["alter system set recovery_min_apply_delay = '1min'", "select pg_reload_conf()"]).await;
     world.waits_for("replica_lag").await;
     replica.run(&["alter system reset recovery_min_apply_delay", "select pg_reload_conf()"]).await;
-    world.goes_on().await;
+    world.goes_on(2).await;
     // It is gone.
     replica.kill();
     world.waits_for("replica_lag: replica eu-1 is not streaming").await;

@@ -1,19 +1,23 @@
 //! How long it takes from a cause to the last batch, and how long locks of batches keep others waiting, for
 //! docs/throttle.md. Run by hand: `cargo test --test it throttle_reaction -- --ignored --nocapture`.
 
+mod locks;
+mod server;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use backfilld::demo::cluster::SUPERUSER;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::support::{Ended, JOB, JobDir, Ledger, Session, wait_until};
+use crate::support::{Ended, JOB, JobDir, Ledger, Process, Session, wait_until};
 use crate::throttle_servers::{Replica, World};
 
-/// Times of each cause, and of each lock.
+/// Times of each cause.
 const RUNS: usize = 7;
-const TRIALS: usize = 20;
+
+/// Who measures wants the machine for itself.
+static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 const THROTTLE: &str = r#"[throttle]
 lock_waiters = 2
@@ -51,35 +55,76 @@ async fn endpoint() -> (String, Arc<AtomicBool>) {
     (url, fine)
 }
 
+/// Waits until the job stands for `reason`, and gives the time from `cause` to the last batch.
+async fn stopped(ledger: &Ledger, reason: &str, cause: f64) -> f64 {
+    let stands = format!(
+        "select exists (select from backfilld.job where reason like '%{reason}%')
+           and max(updated_at) < clock_timestamp() - interval '300 ms' from backfilld.checkpoint"
+    );
+    wait_until(reason, async || ledger.is(&stands).await).await;
+    since(ledger, cause).await
+}
+
+/// The time from `cause` to the last batch.
+async fn since(ledger: &Ledger, cause: f64) -> f64 {
+    let last = "select (extract(epoch from max(updated_at)) * 1000)::float8 from backfilld.checkpoint";
+    let last: f64 = ledger.client.query_one(last, &[]).await.expect("a checkpoint").get(0);
+    (last - cause).max(0.0)
+}
+
+/// Batches of one row.
+fn small_batches(job: &JobDir, pause: &str) {
+    job.replace(
+        "initial_rows = 100\nmax_rows = 100\nmin_rows = 1\ntarget_duration = \"2s\"",
+        &format!("initial_rows = 1\nmax_rows = 1\nmin_rows = 1\npause = \"{pause}\""),
+    );
+}
+
+async fn gate(ledger: &Ledger, open: bool) {
+    ledger
+        .run(&format!("create or replace function public.gate() returns boolean language sql as 'select {open}'"))
+        .await;
+}
+
 struct Rig {
     world: World,
+    _daemon: Process,
 }
 
 impl Rig {
+    /// Until batches run.
+    async fn start(world: World, throttle: &str) -> Self {
+        let job = JobDir::shipped();
+        small_batches(&job, "10ms");
+        job.append(throttle);
+        // As by default, not as short as in tests.
+        let daemon = world.cli().env("BACKFILLD_LEASE__TTL", "15s").start(&["run", "--once", job.path()]);
+        let there = "select to_regclass('backfilld.checkpoint') is not null";
+        wait_until("the ledger is there", async || world.ledger.is(there).await).await;
+        let rig = Self { world, _daemon: daemon };
+        rig.goes_on(0).await;
+        println!("| Cause | Looks every | Median of {RUNS} | Longest |\n|---|---|---|---|");
+        rig
+    }
+
     /// The server's time in milliseconds.
     async fn now(&self) -> f64 {
         let sql = "select (extract(epoch from clock_timestamp()) * 1000)::float8";
         self.world.ledger.client.query_one(sql, &[]).await.expect("a time").get(0)
     }
 
-    /// Waits until the job stands for `reason`, and gives the time from `cause` to the last batch.
     async fn stopped(&self, reason: &str, cause: f64) -> f64 {
-        let ledger = &self.world.ledger;
-        let stands = format!(
-            "select exists (select from backfilld.job where reason like '%{reason}%')
-               and max(updated_at) < clock_timestamp() - interval '300 ms' from backfilld.checkpoint"
-        );
-        wait_until(reason, async || ledger.is(&stands).await).await;
-        let last = "select (extract(epoch from max(updated_at)) * 1000)::float8 from backfilld.checkpoint";
-        let last: f64 = ledger.client.query_one(last, &[]).await.expect("a checkpoint").get(0);
-        (last - cause).max(0.0)
+        stopped(&self.world.ledger, reason, cause).await
     }
 
     /// Until the cause is over; then it goes on for another while, so that the next cause is at no special time.
     async fn goes_on(&self, run: usize) {
-        self.world.goes_on().await;
+        self.world.goes_on(2 + 9 * run as i64).await;
         assert_eq!(self.world.ledger.status().await, "running", "more rows are needed");
-        tokio::time::sleep(Duration::from_millis(130 * run as u64)).await;
+    }
+
+    async fn tune(&self, what: &[&str]) {
+        self.cli(&[&["tune", JOB], what].concat()).await.expect(0, "");
     }
 
     async fn cli(&self, args: &[&str]) -> Ended {
@@ -98,17 +143,12 @@ impl Rig {
         note(&format!("{what} | each batch"), took);
     }
 
-    async fn gate(&self, open: bool) {
-        let sql = format!("create or replace function public.gate() returns boolean language sql as 'select {open}'");
-        self.world.ledger.run(&sql).await;
-    }
-
     async fn query(&self) {
         let mut took = Vec::new();
         for run in 0..RUNS {
-            self.gate(false).await;
+            gate(&self.world.ledger, false).await;
             took.push(self.stopped("query_gate", self.now().await).await);
-            self.gate(true).await;
+            gate(&self.world.ledger, true).await;
             self.goes_on(run).await;
         }
         note("`query_<name>`: its function says no | 1 s", took);
@@ -198,8 +238,22 @@ impl Rig {
             self.goes_on(run).await;
         }
         note("`replica_lag_bytes`: a replica replays nothing, and more than the limit is written | 1 s", took);
+        // The cause is the moment at which the oldest of what it has not replayed is older than the limit.
         let mut took = Vec::new();
-        self.cli(&["tune", JOB, "replicas=[\"eu-1\"]"]).await.expect(0, "");
+        self.tune(&["replica_lag=2s", "replica_lag_mb=1000"]).await;
+        for run in 0..RUNS {
+            replica.run(&["select pg_wal_replay_pause()"]).await;
+            took.push(self.stopped("replica_lag is", self.now().await + 2000.0).await);
+            replica.run(&["select pg_wal_replay_resume()"]).await;
+            self.goes_on(run).await;
+        }
+        self.tune(&["--reset", "replica_lag", "--reset", "replica_lag_mb"]).await;
+        note(
+            "`replica_lag`: a replica replays nothing, from the moment at which it is later than the limit | 1 s",
+            took,
+        );
+        let mut took = Vec::new();
+        self.tune(&["replicas=[\"eu-1\"]"]).await;
         for run in 0..RUNS {
             let cause = self.now().await;
             replica.kill();
@@ -207,7 +261,7 @@ impl Rig {
             replica.up();
             self.goes_on(run).await;
         }
-        self.cli(&["tune", JOB, "--reset", "replicas"]).await.expect(0, "");
+        self.tune(&["--reset", "replicas"]).await;
         note("`replica_lag`: a named replica is killed | 1 s", took);
     }
 
@@ -230,18 +284,12 @@ impl Rig {
 #[tokio::test]
 #[ignore = "measures"]
 async fn how_long_from_a_cause_to_the_last_batch() {
+    let _alone = ONE_AT_A_TIME.lock().await;
     let (url, fine) = endpoint().await;
-    let rig = Rig { world: World::start(30_000, &[]).await };
-    let replica = Replica::start(&rig.world.cluster, "eu-1");
-    rig.gate(true).await;
-    let job = JobDir::shipped();
-    job.replace("initial_rows = 100\nmax_rows = 100", "initial_rows = 1\nmax_rows = 1\npause = \"10ms\"");
-    job.append(&THROTTLE.replace("URL", &url));
-    let _daemon = rig.world.cli().start(&["run", "--once", job.path()]);
-    let there = "select to_regclass('backfilld.checkpoint') is not null";
-    wait_until("the ledger is there", async || rig.world.ledger.is(there).await).await;
-    rig.goes_on(0).await;
-    println!("| Cause | Looks every | Median of {RUNS} | Longest |\n|---|---|---|---|");
+    let world = World::start(30_000, &[]).await;
+    let replica = Replica::start(&world.cluster, "eu-1");
+    gate(&world.ledger, true).await;
+    let rig = Rig::start(world, &THROTTLE.replace("URL", &url)).await;
     rig.query().await;
     rig.http(&fine).await;
     rig.lock_waiters().await;
@@ -255,84 +303,4 @@ async fn how_long_from_a_cause_to_the_last_batch() {
     rig.operator("`xid_age`: a limit below what is there, by `backfilld tune`, likewise", tune, reset, "xid_age").await;
     let (pause, resume) = (&["pause", JOB, "--reason", "lunch"], &["resume", JOB]);
     rig.operator("`backfilld pause`, likewise", pause, resume, "lunch").await;
-}
-
-/// How long this takes, in milliseconds.
-async fn timed(session: &Session, sql: &str) -> f64 {
-    let began = Instant::now();
-    session.run(sql).await;
-    began.elapsed().as_secs_f64() * 1000.0
-}
-
-/// The n-th row of the table, as one batch over all of it goes.
-fn row(n: u32) -> String {
-    format!("(select id from public.messages order by ctid offset {n} limit 1)")
-}
-
-async fn batch_holds(ledger: &Ledger, id: &str) {
-    let free = format!("select exists (select from public.messages where id = '{id}' for update skip locked)");
-    wait_until("a batch holds the row", async || !ledger.is(&free).await).await;
-}
-
-/// One batch takes seconds, and is made no smaller.
-#[tokio::test]
-#[ignore = "measures"]
-async fn how_long_locks_of_batches_keep_others_waiting() {
-    const ROWS: u32 = 100_000;
-    let world = World::start(u64::from(ROWS), &[]).await;
-    let (ledger, job) = (&world.ledger, JobDir::shipped());
-    job.replace(
-        "initial_rows = 100\nmax_rows = 100\nmin_rows = 1\ntarget_duration = \"2s\"",
-        "initial_rows = 100000\nmax_rows = 100000\nmin_rows = 100000\ntarget_duration = \"5s\"",
-    );
-    job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
-    world.cli().run(&["run", "--once", job.path()]).await.expect(5, "hold point");
-    world.cli().run(&["cutover", JOB]).await.expect(0, "");
-    let id = async |n: u32| -> String {
-        let sql = format!("select id::text from public.messages where id = {}", row(n));
-        ledger.client.query_one(&sql, &[]).await.expect("a row").get(0)
-    };
-    let (first, late) = (id(0).await, id(20_000).await);
-    // So that no batch comes to its end.
-    let last = world.session("last", SUPERUSER).await;
-    last.run(&format!("begin; select from public.messages where id = '{}' for update", id(ROWS - 1).await)).await;
-    let (app, holder) = (world.session("app", SUPERUSER).await, world.session("holder", SUPERUSER).await);
-    // Rolled back, since the triggers fill what is written, and a batch leaves alone what is filled.
-    let update = |id: &str| format!("update public.messages set role = role where id = '{id}'");
-    let all = |id: &str| format!("begin; {}; rollback", update(id));
-    let mut rows = [const { Vec::new() }; 5];
-    rows[0].push(timed(&app, &all(&first)).await);
-    for _ in 0..TRIALS {
-        // A daemon of its own: one waits the longer the more batches in a row came to nothing.
-        let daemon = world.cli().start(&["run", "--once", job.path()]);
-        batch_holds(ledger, &first).await;
-        rows[1].push(timed(&app, &all(&first)).await);
-        batch_holds(ledger, &first).await;
-        rows[2].push(timed(&app, "begin; lock table public.messages in share mode; commit").await);
-        holder.run(&format!("begin; {}", update(&late))).await;
-        let waits = format!(
-            "select exists (select from pg_stat_activity where application_name like 'backfilld/%batch%'
-               and {} = any (pg_blocking_pids(pid)))",
-            holder.pid()
-        );
-        wait_until("a batch waits for the holder", async || ledger.is(&waits).await).await;
-        rows[3].push(timed(&holder, &format!("{}; rollback", update(&late))).await);
-        holder.run(&format!("begin; {}", update(&late))).await;
-        wait_until("a batch waits for the holder", async || ledger.is(&waits).await).await;
-        rows[4].push(timed(&holder, &format!("{}; rollback", update(&first))).await);
-        daemon.signal("TERM");
-        daemon.ended().await;
-    }
-    assert!(ledger.is("select exists (select from backfilld.event where kind = 'gave_way')").await);
-    println!("| What the application does | Median of {TRIALS} | Longest |\n|---|---|---|");
-    let names = [
-        "updates a row while there is no batch, once",
-        "wants a row that a batch holds",
-        "wants to lock the table, which a batch writes",
-        "holds a row that a batch waits for, writes it again and ends",
-        "holds a row that a batch waits for, and wants one that the batch holds",
-    ];
-    for (name, took) in names.into_iter().zip(rows) {
-        note(name, took);
-    }
 }
