@@ -13,14 +13,14 @@ use crate::world::{JOB, Job, World, say};
 /// How long each run is looked at; a fast one ends before.
 const LOOK: Duration = Duration::from_secs(15);
 /// What the default has to find its pace, which a backfill of any size has as well.
-const SETTLE: Duration = Duration::from_secs(20);
+const SETTLE: Duration = Duration::from_secs(45);
 
 /// Duty, and the target duration of a batch in milliseconds; the last two are the default and nobody.
 const POINTS: [(&str, &str); 6] = [
     ("alone", ""),
-    ("duty 0.05, 10 ms", "target_duration = \"10ms\"\n[throttle]\npace = \"constant\"\nduty = 0.05"),
+    ("duty 0.1, 1 ms", "target_duration = \"1ms\"\n[throttle]\npace = \"constant\"\nduty = 0.1"),
+    ("duty 0.4, 1 ms", "target_duration = \"1ms\"\n[throttle]\npace = \"constant\"\nduty = 0.4"),
     ("duty 0.1, 10 ms", "target_duration = \"10ms\"\n[throttle]\npace = \"constant\"\nduty = 0.1"),
-    ("duty 0.3, 30 ms", "target_duration = \"30ms\"\n[throttle]\npace = \"constant\"\nduty = 0.3"),
     ("unthrottled", "[throttle]\npace = \"constant\""),
     (AUTO, ""),
 ];

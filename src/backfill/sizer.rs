@@ -1,6 +1,7 @@
 //! How many rows the next batch gets; pure.
 //!
-//! A servo on batch duration: the 90th percentile of the recent time per row, against the target duration. It grows by a
+//! A servo on batch duration: the 90th percentile of the recent time per row, or for short ones the median, against the target
+//! duration. It grows by a
 //! bounded factor per step, and one batch that took far too long shrinks it at once.
 
 use std::collections::VecDeque;
@@ -13,6 +14,9 @@ const WINDOW: usize = 10;
 const GROWTH: f64 = 1.5;
 /// A batch that took this many times its target shrinks the size at once.
 const OUTLIER: f64 = 2.0;
+/// Below this it is not the rows that make one batch in ten longer than the others, but a disk or a scheduler: the median
+/// counts then, and an outlier has to be longer by as much.
+const SHORT: Duration = Duration::from_millis(10);
 
 /// The servo.
 #[derive(Debug, Clone)]
@@ -53,12 +57,14 @@ impl Sizer {
             self.recent.pop_front();
         }
         let over = took.as_secs_f64() / self.target.as_secs_f64();
-        let wanted = if over > OUTLIER {
+        let wanted = if over > OUTLIER && took > self.target + SHORT {
             f64::from(rows) / over
         } else {
-            self.target.as_secs_f64() / self.p90().max(f64::MIN_POSITIVE)
+            self.target.as_secs_f64() / self.usual().max(f64::MIN_POSITIVE)
         };
-        let capped = wanted.min(f64::from(self.rows) * GROWTH + 1.0).min(f64::from(u32::MAX));
+        // A batch costs some time whatever its size, so few rows seem dear each: it has to try one more to see.
+        let whole = if wanted > f64::from(self.rows) { wanted.ceil() } else { wanted.floor() };
+        let capped = whole.min(f64::from(self.rows) * GROWTH + 1.0).min(f64::from(u32::MAX));
         self.rows = (capped as u32).clamp(self.min, self.max);
     }
 
@@ -72,10 +78,12 @@ impl Sizer {
         self.rows == self.min
     }
 
-    fn p90(&self) -> f64 {
+    /// Seconds per row that most of the recent batches took at most.
+    fn usual(&self) -> f64 {
+        let tenths = if self.target < SHORT { 5 } else { 9 };
         let mut sorted: Vec<f64> = self.recent.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);
-        let at = (sorted.len() * 9).div_ceil(10).saturating_sub(1);
+        let at = (sorted.len() * tenths).div_ceil(10).saturating_sub(1);
         sorted.get(at).copied().unwrap_or(0.0)
     }
 }
@@ -111,6 +119,19 @@ mod tests {
                 prop_assert!((10..=5_000).contains(&sizer.rows()));
             }
         }
+    }
+
+    #[test]
+    fn short_batches_find_their_size_beside_what_each_costs_and_are_not_frightened_by_hiccups() {
+        let mut sizer = Sizer::new(Duration::from_millis(1), 1, 1000, 1);
+        let mut sizes = Vec::new();
+        for n in 0..300 {
+            let rows = sizer.rows();
+            sizes.push(rows);
+            let hiccup = if n % 7 == 0 { 4000 } else { 0 };
+            sizer.committed(rows, Duration::from_micros(600 + 20 * u64::from(rows) + hiccup));
+        }
+        assert!(sizes[200..].iter().all(|rows| (17..=24).contains(rows)), "{sizes:?}");
     }
 
     #[test]

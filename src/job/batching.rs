@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub struct Batching {
     /// How rows are walked. `auto` picks the best that the table allows.
     pub strategy: Strategy,
-    /// What a batch should take; the number of rows follows from it. 10 ms to 5 s.
+    /// What a batch should take; the number of rows follows from it. 1 ms to 5 s.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub target_duration: Duration,

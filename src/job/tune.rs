@@ -41,7 +41,7 @@ pub struct Key {
 
 /// All keys, in the order in which they are shown.
 pub const KEYS: &[Key] = &[
-    Key { name: "batching.target_duration", bounds: "10ms to 5s" },
+    Key { name: "batching.target_duration", bounds: "1ms to 5s" },
     Key { name: "batching.min_rows", bounds: "1 to max_rows" },
     Key { name: "batching.max_rows", bounds: "min_rows to 1000000" },
     Key { name: "batching.pause", bounds: "0s to 1h" },
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn bounds_are_what_they_say() {
         for (name, good, bad) in [
-            ("batching.target_duration", &["10ms", "5s"][..], &["9ms", "5001ms", "5", "soon", "\"\""][..]),
+            ("batching.target_duration", &["1ms", "5s"][..], &["999us", "5001ms", "5", "soon", "\"\""][..]),
             ("batching.min_rows", &["1", "10000"], &["0", "10001", "-1", "1.5"]),
             ("batching.max_rows", &["10", "1000000"], &["9", "1000001", "many"]),
             ("batching.pause", &["0s", "1h"], &["61m", "-1s"]),

@@ -219,9 +219,9 @@ fn policy_clauses(path: &str, policy: &Policy, out: &mut Vec<String>) {
 
 /// The rules of `[batching]`.
 pub(super) fn batching(b: &Batching, out: &mut Vec<String>) {
-    let (low, high) = (Duration::from_millis(10), Duration::from_secs(5));
+    let (low, high) = (Duration::from_millis(1), Duration::from_secs(5));
     if b.target_duration < low || b.target_duration > high {
-        out.push("batching.target_duration: expected 10ms to 5s".into());
+        out.push("batching.target_duration: expected 1ms to 5s".into());
     }
     if b.pause > Duration::from_secs(3600) {
         out.push("batching.pause: expected at most 1h".into());

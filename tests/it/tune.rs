@@ -42,7 +42,7 @@ async fn every_key_takes_effect_while_the_job_runs_and_none_beyond_its_bounds() 
     first_batch(&ledger).await;
     for (bad, bounds) in [
         ("duty=0", "throttle.duty: expected 0.01 to 1, found \"0\""),
-        ("batching.target_duration=1ms", "expected 10ms to 5s"),
+        ("batching.target_duration=900us", "expected 1ms to 5s"),
         ("lanes=9", "expected 1 to 8"),
         ("min_rows=101", "expected 1 to max_rows"),
         ("lag=1", "\"lag\" is no key that can be tuned; expected one of batching.target_duration"),
