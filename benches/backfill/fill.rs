@@ -377,6 +377,8 @@ async fn bare_loop(world: &World, db: &Database) -> Result<Filled> {
 }
 
 async fn daemon(world: &World, db: &Database, batching: &str) -> Result<Filled> {
+    // As fast as it goes, whoever is beside it: the pace has a section of its own.
+    let batching = &format!("{batching}\n[throttle]\npace = \"constant\"");
     let job = Job { hold_before: "\"constrain\"", batching };
     let mut daemon = world.daemon(&db.name, "bench", &job, &[], &[])?;
     db.until(&mut daemon, |phase, _, _| phase != "backfill").await?;

@@ -51,6 +51,8 @@ pub(super) struct Pulse {
 struct Latest {
     took: VecDeque<f64>,
     at: Option<Instant>,
+    /// When the one was sent that has not come back.
+    sent: Option<Instant>,
     failed: Option<String>,
 }
 
@@ -132,7 +134,12 @@ impl Pulse {
     /// The signal `commit_latency`.
     pub(super) fn reading(&self, section: &Section) -> Reading {
         let signal = "commit_latency";
+        let limit = section.commit_latency;
         let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where no commit comes back the median knows nothing of it.
+        if let Some(waits) = latest.sent.map(|at| at.elapsed()).filter(|waits| *waits > limit) {
+            return Reading::at_most(signal, waits.as_secs_f64(), limit.as_secs_f64(), "s");
+        }
         if let Some(why) = &latest.failed {
             return Reading::no(signal, format!("it cannot be measured: {why}"));
         }
@@ -145,7 +152,7 @@ impl Pulse {
                 let mut sorted: Vec<f64> = latest.took.iter().copied().collect();
                 sorted.sort_by(f64::total_cmp);
                 let median = sorted.get(sorted.len() / 2).copied().unwrap_or_default();
-                Reading::at_most(signal, median, section.commit_latency.as_secs_f64(), "s")
+                Reading::at_most(signal, median, limit.as_secs_f64(), "s")
             }
         }
     }
@@ -166,12 +173,17 @@ impl Pulse {
         latest.at.is_some() || latest.failed.is_some()
     }
 
+    fn sends(&self) {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner).sent = Some(Instant::now());
+    }
+
     fn measured(&self, took: Duration) {
         let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         latest.took.push_back(took.as_secs_f64());
         let excess = latest.took.len().saturating_sub(LAST);
         latest.took.drain(..excess);
         latest.at = Some(Instant::now());
+        latest.sent = None;
         latest.failed = None;
     }
 
@@ -220,6 +232,7 @@ async fn beat(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer) -> Result<()> {
         }
         let before = flights.borrow_and_update().now;
         let sent = Instant::now();
+        pulse.sends();
         let answer = tokio::time::timeout(QUERY_TIMEOUT * 2, session.client.execute(&write, &[&ctx.job()])).await;
         answer.map_err(|_| Error::internal("the server does not answer"))??;
         let took = sent.elapsed();

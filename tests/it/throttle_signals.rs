@@ -126,6 +126,43 @@ async fn a_measurement_that_is_old_stops_batches() {
 }
 
 #[tokio::test]
+async fn a_commit_that_does_not_come_back_stops_batches_before_it_is_given_up() {
+    let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(600)).await);
+    let ledger = Ledger::new(&db).await;
+    job.append(GATE);
+    gate(&ledger, "return false").await;
+    let mut daemon = Local::start(&db, job.spec(), true, &[]);
+    let says = |text: &'static str| {
+        let progress = daemon.daemon.progress.clone();
+        wait_until(text, async move || progress.now().note.contains(text))
+    };
+    says("query_gate: the query says no").await;
+    let commits = async |takes: &str| {
+        let body = format!("begin perform {takes}; return null; end");
+        let function = "create or replace function public.at_commit() returns trigger language plpgsql as";
+        ledger.run(&format!("{function} $$ {body} $$")).await;
+    };
+    commits("pg_sleep(600)").await;
+    ledger
+        .run(
+            "create constraint trigger at_commit after insert or update on backfilld.pulse
+             deferrable initially deferred for each row execute function public.at_commit()",
+        )
+        .await;
+    says("commit_latency").await;
+    let note = daemon.daemon.progress.now().note.clone();
+    assert!(note.contains("commit_latency is ") && note.contains("at most 0.50 s"), "{note}");
+    gate(&ledger, "return true").await;
+    says("commit_latency").await;
+    assert_eq!(ledger.unfilled().await, 600, "not one batch");
+    commits("pg_sleep(0)").await;
+    let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+               where datname = current_database() and application_name like 'backfilld/%pulse%'";
+    ledger.run(end).await;
+    assert_eq!(daemon.ended().await.expect("it ends"), backfilld::phase::Status::Done);
+}
+
+#[tokio::test]
 async fn a_measurement_that_cannot_be_made_stops_batches() {
     let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(600)).await);
     let ledger = Ledger::new(&db).await;
