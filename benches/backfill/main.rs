@@ -7,6 +7,7 @@ mod flip;
 mod foreground;
 mod interrupt;
 mod pace;
+mod reads;
 mod report;
 mod resources;
 mod verify;
@@ -73,6 +74,8 @@ enum Section {
     Verify,
     /// The application's latency against the rate; only by name
     Pace,
+    /// The application's reads before and after the flip; only by name
+    Reads,
 }
 
 fn main() -> ExitCode {
@@ -111,13 +114,17 @@ async fn run(args: &Args) -> Result<()> {
     if wanted(Section::Interrupt) {
         interrupt::run(&world, args.runs, &mut report).await?;
     }
-    if wanted(Section::Flip) || wanted(Section::Verify) {
+    let reads = args.only.contains(&Section::Reads);
+    if wanted(Section::Flip) || wanted(Section::Verify) || reads {
         let ready = world.ready_to_flip().await?;
         if wanted(Section::Verify) {
             verify::run(&world, &ready, args.runs, &mut report).await?;
         }
         if wanted(Section::Flip) {
             flip::run(&world, &ready, args.flips, &mut report).await?;
+        }
+        if reads {
+            reads::run(&world, &ready, args.runs, &mut report).await?;
         }
     }
     if args.only.contains(&Section::Pace) {
