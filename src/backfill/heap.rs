@@ -22,8 +22,8 @@ use crate::plan::heap_sql;
 use crate::plan::rounds::initial_rounds;
 use crate::plan::steps::Walk;
 
-/// The plan of a batch does not depend on which pages it reads, so it is made once. Half the server's time for a batch of
-/// 2 ms was planning it.
+/// The plan of a batch does not depend on which pages it reads, so it is made once. With pgbench a batch of one page,
+/// with all its statements, took 0.58 ms where plans were made each time, and 0.40 ms where they were kept.
 const HEAP_SETTINGS: &str = "set plan_cache_mode = force_generic_plan";
 /// The batch's statement under a name that EXPLAIN can use.
 const NAME: &str = "backfilld_fill";

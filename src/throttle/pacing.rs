@@ -22,9 +22,9 @@ const START: f64 = 0.1;
 /// The highest pace while others work: without a rest there is nothing to compare with.
 const MOST_BESIDE_OTHERS: f64 = 0.8;
 /// The shortest batch. Who needs a core that a batch uses waits for the rest of it, or for the scheduler's next look, which is
-/// some milliseconds as well: beside batches of 10 ms the application's slowest hundredth took 4.6 ms, at 0.1 of the time and
-/// 6,100 rows per second; beside batches of 1 ms 3.0 ms, at 0.4 of the time and 9,400 rows per second; alone 2.1 ms. A loop
-/// that does nothing but keep a core busy, 10 ms of each 100, did the same to it. Below a millisecond most of it is what a batch
+/// some milliseconds as well: beside batches of 10 ms the application's slowest hundredth took 4.4 ms, at 0.1 of the time and
+/// 6,200 rows per second; beside batches of 1 ms 2.8 ms, at 0.4 of the time and 11,500 rows per second; alone 2.0 ms
+/// (docs/throttle.md). Below a millisecond most of it is what a batch
 /// costs whatever its size.
 const SHORTEST: Duration = Duration::from_millis(1);
 /// Ticks without others before nobody counts as there: 3 s, longer than an application with some requests per second is
