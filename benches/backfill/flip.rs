@@ -4,7 +4,7 @@ use backfilld::Result;
 use serde_json::json;
 
 use crate::report::{Report, Table, max, median};
-use crate::world::{JOB, Job, World, say};
+use crate::world::{World, say};
 
 pub async fn run(world: &World, ready: &str, flips: u32, report: &mut Report) -> Result<()> {
     let mut holds = Vec::new();
@@ -14,13 +14,7 @@ pub async fn run(world: &World, ready: &str, flips: u32, report: &mut Report) ->
             say(&format!("flip {} of {flips}", i + 1));
         }
         let db = world.copy(ready).await?;
-        world.command(&db.name, &["cutover", JOB])?;
-        let job = Job { hold_before: "\"flip\"", ..Job::default() };
-        let mut daemon = world.daemon(&db.name, "bench", &job, &["--once"], &[])?;
-        let status = daemon.wait().await?;
-        if !status.success() {
-            return Err(daemon.failed(&format!("ended with {status}")));
-        }
+        world.flip(&db).await?;
         let sql = "select detail ->> 'what', (detail ->> 'hold_us')::float8 / 1000 from backfilld.event
                    where kind = 'ddl' and detail ->> 'lock' = 'AccessExclusiveLock' order by id";
         let mut all: Vec<(String, f64)> =

@@ -8,7 +8,7 @@ use backfilld::{Error, Result};
 use serde_json::json;
 
 use crate::report::{Report, Table, median};
-use crate::world::{Database, JOB, Job, World, say};
+use crate::world::{Database, World, say};
 
 /// As many as there are cores: it is the server that is measured.
 const CLIENTS: &str = "2";
@@ -18,13 +18,7 @@ const SECONDS: &str = "15";
 pub async fn run(world: &World, ready: &str, runs: u32, report: &mut Report) -> Result<()> {
     let old = world.copy(ready).await?;
     let new = world.copy(ready).await?;
-    world.command(&new.name, &["cutover", JOB])?;
-    let job = Job { hold_before: "\"flip\"", ..Job::default() };
-    let mut daemon = world.daemon(&new.name, "bench", &job, &["--once"], &[])?;
-    let status = daemon.wait().await?;
-    if !status.success() {
-        return Err(daemon.failed(&format!("ended with {status}")));
-    }
+    world.flip(&new).await?;
     let owners = prepare(&old).await?.min(prepare(&new).await?);
     let mut tps = [Vec::new(), Vec::new()];
     for run in 0..runs {

@@ -168,6 +168,15 @@ impl World {
         Ok(name)
     }
 
+    /// Runs a job that is held before its flip to its end.
+    pub async fn flip(&self, db: &Database) -> Result<()> {
+        self.command(&db.name, &["cutover", JOB])?;
+        let job = Job { hold_before: "\"flip\"", ..Job::default() };
+        let mut daemon = self.daemon(&db.name, "bench", &job, &["--once"], &[])?;
+        let status = daemon.wait().await?;
+        if status.success() { Ok(()) } else { Err(daemon.failed(&format!("ended with {status}"))) }
+    }
+
     async fn run_to_hold(&self, name: &str, job: &Job<'_>) -> Result<()> {
         let mut daemon = self.daemon(name, "bench", job, &["--once"], &[])?;
         let code = daemon.wait().await?.code();

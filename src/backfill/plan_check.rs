@@ -135,7 +135,7 @@ mod tests {
             "Index Cond": "(c.id = t.conversation_id)" });
         let found = scans(&plan(tid.clone(), index));
         assert!(found.iter().all(|s| s.has_condition) && found.len() == 2, "{found:?}");
-        assert!(found.iter().find(|s| s.alias == "t").unwrap().is_bounded(steps::Walk::Heap));
+        assert!(found.iter().find(|s| s.alias == "t").expect("the target is scanned").is_bounded(steps::Walk::Heap));
         let seq = json!({ "Node Type": "Seq Scan", "Relation Name": "messages", "Schema": "public", "Alias": "t" });
         let whole =
             json!({ "Node Type": "Index Scan", "Relation Name": "conversations", "Schema": "public", "Alias": "c" });

@@ -57,9 +57,9 @@ mod tests {
 
     /// What bash would offer after these words.
     fn offered(words: &[&str]) -> Vec<String> {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
         let file = dir.path().join("backfilld");
-        std::fs::write(&file, script(Shell::Bash).unwrap()).unwrap();
+        std::fs::write(&file, script(Shell::Bash).expect("a script")).expect("it is written");
         let program = "set -e; file=$1; shift; source \"$file\"; complete -p backfilld >/dev/null
             COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1))
             _backfilld backfilld \"${COMP_WORDS[COMP_CWORD]}\" \"${COMP_WORDS[COMP_CWORD-1]}\"
@@ -69,9 +69,9 @@ mod tests {
             .arg(&file)
             .args(words)
             .output()
-            .unwrap();
+            .expect("bash runs");
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).unwrap().lines().map(str::to_owned).collect()
+        String::from_utf8(out.stdout).expect("words").lines().map(str::to_owned).collect()
     }
 
     #[test]
@@ -84,24 +84,25 @@ mod tests {
     #[test]
     fn every_shell_has_a_script_that_knows_the_commands() {
         for shell in Shell::value_variants() {
-            let script = script(*shell).unwrap();
+            let script = script(*shell).expect("a script");
             assert!(script.contains("cutover") && script.contains("quarantine"), "{shell}");
         }
     }
 
     #[test]
     fn every_command_has_a_page_and_the_first_page_has_every_command() {
-        let dir = tempfile::tempdir().unwrap();
-        pages(dir.path()).unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
+        pages(dir.path()).expect("pages");
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap_or_default();
         let first = read("backfilld.1");
         assert!(first.contains("Exit codes"), "{first}");
         for command in super::super::command().get_subcommands().filter(|c| c.get_name() != "help") {
-            let (name, about) = (command.get_name(), command.get_about().unwrap().to_string());
+            let (name, about) =
+                (command.get_name(), command.get_about().expect("each command says what it is for").to_string());
             assert!(first.contains(&format!("backfilld\\-{name}(1)")), "{name}");
             let page = read(&format!("backfilld-{name}.1"));
             assert!(
-                page.contains(".TH") && page.contains(about.split([',', '-', ':', '\'']).next().unwrap()),
+                page.contains(".TH") && page.contains(about.split([',', '-', ':', '\'']).next().expect("some text")),
                 "{page}"
             );
         }

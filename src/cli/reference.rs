@@ -41,7 +41,7 @@ fn the_document_is_up_to_date_and_fits_eighty_columns() {
         made.lines().skip_while(|l| !l.starts_with("## ")).filter(|l| l.chars().count() > 80).collect();
     assert!(wide.is_empty(), "{wide:?}");
     if std::env::var_os("BACKFILLD_TEST_BLESS").is_some() {
-        std::fs::write(&path, &made).unwrap();
+        std::fs::write(&path, &made).expect("docs/ can be written");
     }
     let kept = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(kept == made, "docs/cli.md is stale; run the test with BACKFILLD_TEST_BLESS=1");

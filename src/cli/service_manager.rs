@@ -127,16 +127,16 @@ mod tests {
 
     async fn next(socket: &tokio::net::UnixDatagram) -> String {
         let mut buffer = [0; 4096];
-        let n = socket.recv(&mut buffer).await.unwrap();
+        let n = socket.recv(&mut buffer).await.expect("a message");
         String::from_utf8_lossy(&buffer[..n]).into_owned()
     }
 
     #[tokio::test]
     async fn the_watchdog_is_fed_only_while_the_event_loop_turns() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("notify");
-        let socket = tokio::net::UnixDatagram::bind(&path).unwrap();
-        let manager = manager(&path, &[("WATCHDOG_USEC", "30000")]).unwrap();
+        let socket = tokio::net::UnixDatagram::bind(&path).expect("a socket");
+        let manager = manager(&path, &[("WATCHDOG_USEC", "30000")]).expect("a manager");
         let (pulse, progress) = (Pulse::stopped_a_minute_ago(), Progress::default());
         let task = tokio::spawn(manager.tell(pulse.clone(), progress.clone(), CancellationToken::new()));
         assert_eq!(next(&socket).await, "STATUS=starting");
@@ -158,13 +158,13 @@ mod tests {
 
     #[test]
     fn a_watchdog_of_another_process_is_not_ours() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("notify");
-        let _socket = UnixDatagram::bind(&path).unwrap();
+        let _socket = UnixDatagram::bind(&path).expect("a socket");
         let own = std::process::id().to_string();
         let usec = ("WATCHDOG_USEC", "3000000");
-        assert_eq!(manager(&path, &[usec, ("WATCHDOG_PID", "1")]).unwrap().watchdog, None);
-        assert!(manager(&path, &[usec, ("WATCHDOG_PID", &own)]).unwrap().watchdog.is_some());
+        assert_eq!(manager(&path, &[usec, ("WATCHDOG_PID", "1")]).expect("a manager").watchdog, None);
+        assert!(manager(&path, &[usec, ("WATCHDOG_PID", &own)]).expect("a manager").watchdog.is_some());
         assert!(manager(&dir.path().join("nobody"), &[]).is_none());
         assert!(ServiceManager::new(|_| None).is_none());
     }

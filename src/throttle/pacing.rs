@@ -2,8 +2,9 @@
 //!
 //! One number, the pace, is the share of time that a lane works; its fifth power is the share of its target duration that a
 //! batch takes, at least a millisecond: up to 0.4 batches of that length follow each other ever closer, beyond it they grow.
-//! While nobody else works it is at full speed within a second or two. While somebody does, it keeps what others feel within a budget. Small writes that commit beside a batch are compared
-//! with those that commit between two: what makes both slow is not ours. What others feel is the slowest hundredth of what
+//! While nobody else works it is at full speed within a second or two. While somebody does, it keeps what others feel within
+//! a budget. Small writes that commit beside a batch are compared with those that commit between two: what makes both slow is
+//! not ours. What others feel is the slowest hundredth of what
 //! they do: one slow moment in a hundred is the most that batches may add up to, however slow it is beside a batch and
 //! however often there is one. So the rarer batches are, the more often one of them may be felt.
 //!
@@ -24,8 +25,7 @@ const MOST_BESIDE_OTHERS: f64 = 0.8;
 /// The shortest batch. Who needs a core that a batch uses waits for the rest of it, or for the scheduler's next look, which is
 /// some milliseconds as well: beside batches of 10 ms the application's slowest hundredth took 4.4 ms, at 0.1 of the time and
 /// 6,200 rows per second; beside batches of 1 ms 2.8 ms, at 0.4 of the time and 11,500 rows per second; alone 2.0 ms
-/// (docs/throttle.md). Below a millisecond most of it is what a batch
-/// costs whatever its size.
+/// (docs/throttle.md). Below a millisecond most of it is what a batch costs whatever its size.
 const SHORTEST: Duration = Duration::from_millis(1);
 /// Ticks without others before nobody counts as there: 3 s, longer than an application with some requests per second is
 /// silent.

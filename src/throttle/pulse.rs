@@ -22,8 +22,7 @@ use crate::error::{Error, Result};
 use crate::job::throttle::{Pace, Throttle as Section};
 use crate::metrics;
 
-/// Least time between two writes: at most ten small commits per second. Twenty, half of them beside a batch, were felt at a
-/// server with two cores.
+/// Least time between two writes: at most ten small commits per second, which is little beside what an application commits.
 const SPACING: Duration = Duration::from_millis(100);
 /// The same while nobody else works.
 const SPACING_ALONE: Duration = Duration::from_millis(250);

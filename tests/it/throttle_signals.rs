@@ -104,6 +104,12 @@ async fn gate(ledger: &Ledger, body: &str) {
         .await;
 }
 
+/// Waits until the daemon itself says what it waits for.
+async fn says(daemon: &Local, text: &str) {
+    let progress = daemon.daemon.progress.clone();
+    wait_until(text, async move || progress.now().note.contains(text)).await;
+}
+
 #[tokio::test]
 async fn a_measurement_that_is_old_stops_batches() {
     let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(600)).await);
@@ -113,13 +119,9 @@ async fn a_measurement_that_is_old_stops_batches() {
     job.append(&format!("{GATE}{}{}", more(2), more(3)));
     gate(&ledger, "return false").await;
     let mut daemon = Local::start(&db, job.spec(), true, &[]);
-    let says = |text: &'static str| {
-        let progress = daemon.daemon.progress.clone();
-        wait_until(text, async move || progress.now().note.contains(text))
-    };
-    says("query_gate: the query says no").await;
+    says(&daemon, "query_gate: the query says no").await;
     gate(&ledger, "perform pg_sleep(600); return true").await;
-    says("probe: nothing could be measured for").await;
+    says(&daemon, "probe: nothing could be measured for").await;
     assert_eq!(ledger.unfilled().await, 600, "not one batch");
     gate(&ledger, "return true").await;
     assert_eq!(daemon.ended().await.expect("it ends"), backfilld::phase::Status::Done);
@@ -132,11 +134,7 @@ async fn a_commit_that_does_not_come_back_stops_batches_before_it_is_given_up() 
     job.append(GATE);
     gate(&ledger, "return false").await;
     let mut daemon = Local::start(&db, job.spec(), true, &[]);
-    let says = |text: &'static str| {
-        let progress = daemon.daemon.progress.clone();
-        wait_until(text, async move || progress.now().note.contains(text))
-    };
-    says("query_gate: the query says no").await;
+    says(&daemon, "query_gate: the query says no").await;
     let commits = async |takes: &str| {
         let body = format!("begin perform {takes}; return null; end");
         let function = "create or replace function public.at_commit() returns trigger language plpgsql as";
@@ -149,11 +147,11 @@ async fn a_commit_that_does_not_come_back_stops_batches_before_it_is_given_up() 
              deferrable initially deferred for each row execute function public.at_commit()",
         )
         .await;
-    says("commit_latency").await;
+    says(&daemon, "commit_latency").await;
     let note = daemon.daemon.progress.now().note.clone();
     assert!(note.contains("commit_latency is ") && note.contains("at most 0.50 s"), "{note}");
     gate(&ledger, "return true").await;
-    says("commit_latency").await;
+    says(&daemon, "commit_latency").await;
     assert_eq!(ledger.unfilled().await, 600, "not one batch");
     commits("pg_sleep(0)").await;
     let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity
