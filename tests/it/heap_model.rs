@@ -308,8 +308,15 @@ async fn schedule(seed: u64) -> BTreeSet<String> {
     model.places
 }
 
+/// Two at a time, each with a runtime of its own: a database that is dropped blocks its thread, and a connection of the
+/// other that is just being made there would block the drop, until the server gives that connection up.
 async fn schedules(seeds: impl Iterator<Item = u64>) -> BTreeSet<String> {
-    let places: Vec<_> = futures_util::stream::iter(seeds.map(schedule)).buffer_unordered(2).collect().await;
+    let run = |seed| async move {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let ended = tokio::task::spawn_blocking(move || runtime.block_on(schedule(seed))).await;
+        ended.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+    };
+    let places: Vec<_> = futures_util::stream::iter(seeds.map(run)).buffer_unordered(2).collect().await;
     places.into_iter().flatten().collect()
 }
 
