@@ -157,6 +157,32 @@ async fn rows_that_cannot_be_updated_go_to_quarantine_and_the_job_fails_until_th
 }
 
 #[tokio::test]
+async fn a_batch_in_heap_order_that_would_read_a_whole_source_is_refused_before_it_runs() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(3000)).await);
+    let ledger = Ledger::new(&db).await;
+    // A source of a page for each row, which is more than is read from end to end for each batch.
+    ledger
+        .run(
+            "alter table public.conversations add column filler text not null default '';
+             alter table public.conversations alter column filler set storage plain;
+             alter table public.conversations disable trigger user;
+             update public.conversations set filler = repeat('x', 6000);
+             alter table public.conversations enable trigger user",
+        )
+        .await;
+    let pages = "select pg_relation_size('public.conversations') / 8192";
+    assert!(ledger.number(pages).await > 128);
+    for setting in ["enable_indexscan = off", "enable_bitmapscan = off", "random_page_cost = 1e9"] {
+        ledger.run(&format!("alter role backfilld in database {} set {setting}", db.name())).await;
+    }
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(1, "would read all of public.conversations");
+    assert_eq!(ledger.unfilled().await, 3000, "nothing was written");
+    ledger.run(&format!("alter role backfilld in database {} reset all", db.name())).await;
+    Cli::new(&db).run(&["resume", JOB]).await.expect(0, "");
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
+}
+
+#[tokio::test]
 async fn a_batch_that_would_read_a_whole_table_is_refused_before_it_runs() {
     let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(600)).await);
     let ledger = Ledger::new(&db).await;
