@@ -1,7 +1,7 @@
 //! Every metric: name, labels, help, and the functions that record it. A leaf: it knows no other module.
 //!
 //! Names begin with `backfilld_`, units are base units, labels have few values: a job's name, a phase, a signal, an
-//! SQLSTATE. docs/metrics.md is made from [`METRICS`].
+//! SQLSTATE. docs/metrics.md is made from [`METRICS`]. One long file, since it is one list, and who looks for a metric finds it here.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

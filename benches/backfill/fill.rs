@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use backfilld::backfill::BATCH_SETTINGS;
+use backfilld::backfill::session::BATCH_SETTINGS;
 use backfilld::demo::sample;
 use backfilld::ledger::{checkpoint, lease};
 use backfilld::pg::connect::SESSION_SETTINGS;

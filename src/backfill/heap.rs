@@ -3,30 +3,26 @@
 use std::time::{Duration, Instant};
 
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, GenericClient, Statement};
+use tokio_postgres::{Client, GenericClient};
 use tracing::{info, warn};
 
 use super::batch::{Batch, Failed};
 use super::heap_cursor::{HOT_NEVER, HOT_WORKS, HeapCursor, MAX_SLICE_PAGES, Slice, Steering};
+use super::heap_statements::{Bounds, Statements};
 use super::horizon::{self, Holder};
 use super::plan_check::PlanCheck;
+use super::session::HEAP_SETTINGS;
 use crate::context::Context;
 use crate::error::{Error, Result, Retry};
 use crate::ledger::checkpoint::Checkpoint;
-use crate::ledger::heap::{self, HeapPlace};
+use crate::ledger::heap::HeapPlace;
 use crate::ledger::{event, lease};
 use crate::metrics;
 use crate::pg::connect::Session;
 use crate::phase::Status;
-use crate::plan::heap_sql;
 use crate::plan::rounds::initial_rounds;
 use crate::plan::steps::Walk;
 
-/// The plan of a batch does not depend on which pages it reads, so it is made once. With pgbench a batch of one page,
-/// with all its statements, took 0.58 ms where plans were made each time, and 0.40 ms where they were kept.
-const HEAP_SETTINGS: &str = "set plan_cache_mode = force_generic_plan";
-/// The batch's statement under a name that EXPLAIN can use.
-const NAME: &str = "backfilld_fill";
 /// Updates in later rounds from which their share of HOT ones means something.
 const ENOUGH_UPDATES: u64 = 200;
 /// Updates in later rounds from which it is certain that none of them is HOT: many batches, so not a passing snapshot.
@@ -55,14 +51,6 @@ pub struct HeapWalk {
     asked: bool,
 }
 
-struct Statements {
-    fence: Statement,
-    fill: Statement,
-    advance: Statement,
-    unfilled: Statement,
-    fill_row: Statement,
-}
-
 impl From<HeapPlace> for HeapCursor {
     fn from(p: HeapPlace) -> Self {
         Self { window: p.window, block: p.block, round: p.round, rounds: p.rounds, start: p.start, bound: p.bound }
@@ -78,10 +66,6 @@ impl HeapWalk {
         let p = place;
         let rows_per_page = rows as f64 / (p.bound - p.start).max(1) as f64;
         session.client.batch_execute(HEAP_SETTINGS).await?;
-        session
-            .client
-            .batch_execute(&format!("prepare {NAME} (text, text, int4, int4) as {}", heap_sql::fill(&ctx.facts.shape)))
-            .await?;
         Ok(Self {
             statements: Statements::prepare(ctx, &session.client).await?,
             lane,
@@ -418,19 +402,6 @@ impl HeapWalk {
     }
 }
 
-impl Statements {
-    async fn prepare(ctx: &Context, client: &Client) -> Result<Self> {
-        let shape = &ctx.facts.shape;
-        Ok(Self {
-            fence: client.prepare(lease::FENCE).await?,
-            fill: client.prepare(&heap_sql::fill(shape)).await?,
-            advance: client.prepare(heap::ADVANCE).await?,
-            unfilled: client.prepare(&heap_sql::unfilled(shape)).await?,
-            fill_row: client.prepare(&heap_sql::fill_row(shape)).await?,
-        })
-    }
-}
-
 /// HOT updates of a batch of `updated` rows, from the server's counts of HOT and all updates before and after it. They
 /// go on from one transaction to the next until the server has reported them, about once a second, and then begin at zero;
 /// `None`: neither explains them.
@@ -456,34 +427,6 @@ enum Attempt {
     Committed(Batch),
     NotRunning,
     Rewritten,
-}
-
-/// A slice as statement parameters.
-struct Bounds {
-    low: String,
-    high: String,
-    rounds: i32,
-    round: i32,
-}
-
-impl Bounds {
-    fn of(slice: Slice) -> Self {
-        Self {
-            low: format!("({},0)", slice.low),
-            high: format!("({},0)", slice.high),
-            rounds: slice.rounds as i32,
-            round: slice.round as i32,
-        }
-    }
-
-    /// The same plan as that of the prepared statement, for EXPLAIN.
-    fn execute(&self) -> String {
-        format!("execute {NAME} ('{}', '{}', {}, {})", self.low, self.high, self.rounds, self.round)
-    }
-
-    fn params(&self) -> [&(dyn ToSql + Sync); 4] {
-        [&self.low, &self.high, &self.rounds, &self.round]
-    }
 }
 
 #[cfg(test)]
