@@ -407,7 +407,9 @@ impl<'a> Loop<'a> {
             }
             Retry::Never if is_about_a_row(&sqlstate) => match range {
                 Some((key, 1)) => {
+                    let flight = self.team.throttle.flight();
                     walk.set_aside(ctx, session, checkpoint, &key, &error).await?;
+                    drop(flight);
                     let total = checkpoint::quarantined(&session.client, ctx.job()).await?;
                     metrics::quarantined(ctx.job(), total as u64);
                     ctx.progress.update(|p| p.quarantined = total);

@@ -72,11 +72,13 @@ struct Flights {
     busy: Duration,
     asked: Instant,
     changed: Instant,
+    /// Since when there is one, without a moment in between.
+    since: Option<Instant>,
 }
 
 impl Flights {
     fn new() -> Self {
-        Self { now: 0, busy: Duration::ZERO, asked: Instant::now(), changed: Instant::now() }
+        Self { now: 0, busy: Duration::ZERO, asked: Instant::now(), changed: Instant::now(), since: None }
     }
 
     fn change(&mut self, now: usize) {
@@ -84,6 +86,7 @@ impl Flights {
             self.busy += self.changed.elapsed();
         }
         (self.now, self.changed) = (now, Instant::now());
+        self.since = if now > 0 { self.since.or(Some(self.changed)) } else { None };
     }
 
     /// Share of the time in which a batch was in flight, since this was last asked.
@@ -113,6 +116,11 @@ impl Pulse {
     pub(super) fn flight(&self) -> Flight<'_> {
         self.flights.send_modify(|f| f.change(f.now + 1));
         Flight { flights: &self.flights }
+    }
+
+    /// For how long there has been a batch at every moment.
+    pub(super) fn flying_for(&self) -> Duration {
+        self.flights.borrow().since.map(|since| since.elapsed()).unwrap_or_default()
     }
 
     /// Share of time that a lane works.
