@@ -227,9 +227,9 @@ async fn one(world: &World, way: Way, foreground: Option<u32>) -> Result<Run> {
         Way::Bare => bare_loop(world, &db).await?,
         Way::Keyset => daemon(world, &db, &fixed).await?,
         Way::KeysetSized => daemon(world, &db, KEYSET).await?,
-        Way::Heap => daemon(world, &db, "").await?,
+        Way::Heap => daemon(world, &db, "lanes = 1").await?,
         Way::Lanes => daemon(world, &db, "lanes = 2").await?,
-        Way::Budget => daemon(world, &db, "growth_percent = 5").await?,
+        Way::Budget => daemon(world, &db, "lanes = 1\ngrowth_percent = 5").await?,
     };
     let latency = match traffic {
         Some(traffic) => Some(traffic.stop().await?),

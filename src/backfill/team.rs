@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+use super::heap_cursor::lanes_at_work;
 use super::walk::Lane;
 use crate::context::Context;
 use crate::eta::Estimator;
+use crate::job::throttle::Pace;
 use crate::ledger::checkpoint::Checkpoint;
 use crate::progress::{Eta, Rate};
 use crate::throttle::Throttle;
@@ -58,10 +60,12 @@ impl Team {
         }
     }
 
-    /// Whether a lane may begin a batch: `batching.lanes` of those that are not at their end may, the first ones first. So
-    /// fewer lanes take effect at once, and more than the sweep has with the next sweep.
+    /// Whether a lane may begin a batch: so many of those that are not at their end may as [`lanes_at_work`] says, the first ones
+    /// first. So fewer lanes take effect at once, and more than the sweep has with the next sweep.
     pub(super) fn has_turn(&self, ctx: &Context, lane: usize) -> bool {
-        let most = ctx.live.now().batching.lanes as usize;
+        let live = ctx.live.now();
+        let adapts = live.throttle.pace == Pace::Auto;
+        let most = lanes_at_work(live.batching.lanes, adapts, self.throttle.pace()) as usize;
         let sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
         sum.ended.iter().take(lane).filter(|ended| !**ended).count() < most
     }

@@ -105,8 +105,11 @@ pub async fn tune(global: &Global, args: TuneArgs) -> Result<()> {
             true => format!("job {}: nothing is different{end}", row.name),
             false => format!("job {}:{end}\n  {}", row.name, changes.join("\n  ")),
         };
-        let lanes = after.batching.lanes > before.batching.lanes;
-        let note = if lanes { "\n  more lanes than the sweep has begin with the next sweep" } else { "" };
+        let note = if after.batching.lanes > before.batching.lanes {
+            "\n  more lanes than the sweep has begin with the next sweep"
+        } else {
+            ""
+        };
         Ok(Said { text: text + note, detail: json!({ "changes": changes, "until": until }) })
     })
     .await

@@ -242,7 +242,7 @@ mod tests {
         let a = parse(SMALL, "job.toml", no_file).expect("parses");
         let mut b = a.clone();
         b.batching.max_rows = 77;
-        b.batching.lanes = 4;
+        b.batching.lanes = Some(4);
         b.throttle.duty = 0.5;
         assert_eq!(a.hash(), b.hash());
         assert!(

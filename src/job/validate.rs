@@ -226,8 +226,8 @@ pub(super) fn batching(b: &Batching, out: &mut Vec<String>) {
     if b.pause > Duration::from_secs(3600) {
         out.push("batching.pause: expected at most 1h".into());
     }
-    if !(1..=8).contains(&b.lanes) {
-        out.push(format!("batching.lanes: expected 1 to 8, found {}", b.lanes));
+    if let Some(n) = b.lanes.filter(|n| !(1..=8).contains(n)) {
+        out.push(format!("batching.lanes: expected 1 to 8, found {n}"));
     }
     if b.growth_percent.is_some_and(|n| !(1..=100).contains(&n)) {
         out.push("batching.growth_percent: expected 1 to 100; without it the daemon runs no vacuum".into());

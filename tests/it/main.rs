@@ -20,6 +20,7 @@ mod hooks;
 mod https;
 mod interleaving;
 mod killed;
+mod lanes;
 mod lease;
 mod life;
 mod lint;
