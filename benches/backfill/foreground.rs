@@ -1,4 +1,4 @@
-//! An application beside the backfill: pgbench at a fixed rate, four clients, which read and update random messages.
+//! An application beside the backfill: pgbench at a fixed rate or as fast as it goes, four clients, which read and update random messages.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -34,6 +34,7 @@ pub struct Latency {
 }
 
 impl Foreground {
+    /// `rate`: transactions per second; 0: as many as it can.
     pub fn start(world: &World, db: &Database, rate: u32) -> Result<Self> {
         let failed = |e: std::io::Error| Error::internal("cannot run pgbench").with_source(e);
         let dir = tempfile::tempdir().map_err(failed)?;
@@ -41,7 +42,8 @@ impl Foreground {
         std::fs::write(&script, SCRIPT).map_err(failed)?;
         let log = std::fs::File::create(dir.path().join("log")).map_err(failed)?;
         let child = Command::new(world.cluster.bin().join("pgbench"))
-            .args(["-n", "-c", "4", "-j", "1", "-T", "3600", "-l", "-R", &rate.to_string()])
+            .args(["-n", "-c", "4", "-j", "1", "-T", "3600", "-l"])
+            .args(if rate > 0 { vec!["-R".to_owned(), rate.to_string()] } else { Vec::new() })
             .args(["-D", &format!("rows={}", world.rows), "-f"])
             .arg(&script)
             .arg(world.cluster.url(SUPERUSER, &db.name))
@@ -64,7 +66,10 @@ impl Foreground {
     pub async fn stop(mut self) -> Result<Latency> {
         let end = now();
         // pgbench writes its log by the block of 4 kB, about a hundred lines.
-        tokio::time::sleep(Duration::from_secs_f64(0.5 + 150.0 / f64::from(self.rate))).await;
+        tokio::time::sleep(Duration::from_secs_f64(
+            0.5 + 150.0 / f64::from(if self.rate > 0 { self.rate } else { 1000 }),
+        ))
+        .await;
         let failed = |e: std::io::Error| Error::internal("cannot read the log of pgbench").with_source(e);
         let ended = self.child.try_wait().map_err(failed)?;
         let _ = self.child.kill();
@@ -77,13 +82,14 @@ impl Foreground {
         let mut ms = Vec::new();
         for file in files {
             let text = std::fs::read_to_string(file).map_err(failed)?;
-            // client, transaction, latency in us, script, seconds, microseconds, lag in us; the latency has the lag in it. The last
-            // line may be cut.
+            // client, transaction, latency in us, script, seconds, microseconds, and with a rate the lag in us, which the latency
+            // has in it. The last line may be cut.
+            let whole = if self.rate > 0 { 7 } else { 6 };
             ms.extend(text.lines().filter_map(|line| {
                 let fields: Vec<&str> = line.split(' ').collect();
                 let field = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok());
                 let (us, at) = (field(2)?, field(4)? + field(5)? / 1e6);
-                (fields.len() >= 7 && (self.began..=end).contains(&at)).then_some(us / 1000.0)
+                (fields.len() >= whole && (self.began..=end).contains(&at)).then_some(us / 1000.0)
             }));
         }
         if ended.is_some() || ms.is_empty() {
@@ -112,6 +118,11 @@ impl Latency {
     pub fn at(&self, share: f64) -> f64 {
         let i = ((self.ms.len() as f64 * share).ceil() as usize).clamp(1, self.ms.len()) - 1;
         self.ms[i]
+    }
+
+    /// How many there were.
+    pub fn count(&self) -> usize {
+        self.ms.len()
     }
 
     /// p50, p95, p99, longest, number; each a median over runs.

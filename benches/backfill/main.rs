@@ -74,6 +74,8 @@ enum Section {
     Verify,
     /// The application's latency against the rate; only by name
     Pace,
+    /// The application's throughput, as much as the server has, and the rate beside it; only by name
+    Saturated,
     /// The application's reads before and after the flip; only by name
     Reads,
 }
@@ -130,6 +132,9 @@ async fn run(args: &Args) -> Result<()> {
     if args.only.contains(&Section::Pace) {
         let rate = args.foreground.unwrap_or(200);
         pace::run(&world, args.runs, args.curve, rate, &mut report).await?;
+    }
+    if args.only.contains(&Section::Saturated) {
+        pace::saturated(&world, args.runs, &mut report).await?;
     }
     let path = report.write()?;
     println!("{report}");

@@ -30,6 +30,8 @@ struct Run {
     point: &'static str,
     /// Rows per second.
     rate: f64,
+    /// What was looked at, in seconds.
+    seconds: f64,
     latency: Latency,
 }
 
@@ -101,7 +103,7 @@ async fn one(world: &World, point: &'static str, batching: &str, rate: u32) -> R
     if point == POINTS[0].0 {
         traffic.mark();
         tokio::time::sleep(LOOK).await;
-        let run = Run { point, rate: 0.0, latency: traffic.stop().await? };
+        let run = Run { point, rate: 0.0, seconds: LOOK.as_secs_f64(), latency: traffic.stop().await? };
         world.discard(db).await?;
         return Ok(run);
     }
@@ -126,7 +128,40 @@ async fn one(world: &World, point: &'static str, batching: &str, rate: u32) -> R
     }
     drop(daemon);
     world.discard(db).await?;
-    Ok(Run { point, rate: rows as f64 / took, latency })
+    Ok(Run { point, rate: rows as f64 / took, seconds: took, latency })
+}
+
+/// Beside an application that already takes all that the server has.
+pub async fn saturated(world: &World, runs: u32, report: &mut Report) -> Result<()> {
+    let points = [POINTS[0], POINTS[4], (AUTO, "")];
+    let mut results = Vec::new();
+    for turn in 0..runs as usize {
+        for i in 0..points.len() {
+            let (point, batching) = points[(i + turn) % points.len()];
+            say(&format!("saturated {} of {runs}: {point}", turn + 1));
+            results.push(one(world, point, batching, 0).await?);
+        }
+    }
+    let rows = points.iter().map(|(point, _)| {
+        let of: Vec<&Run> = results.iter().filter(|r| r.point == *point).collect();
+        let figure = |get: &dyn Fn(&Run) -> f64| median(&of.iter().map(|r| get(r)).collect::<Vec<_>>());
+        let mut cells = vec![format!("{:.0}", figure(&|r| r.rate)), format!("{:.0}", figure(&transactions))];
+        cells.extend(Latency::cells(&of.iter().map(|r| &r.latency).collect::<Vec<_>>()).into_iter().take(3));
+        ((*point).to_owned(), cells)
+    });
+    let rows = rows.collect();
+    let data = results
+        .iter()
+        .map(|r| json!({ "point": r.point, "rows_per_second": r.rate, "transactions_per_second": transactions(r), "foreground_ms": r.latency.json() }))
+        .collect::<Vec<_>>();
+    let head = vec!["rows/s", "tx/s", "p50 ms", "p95 ms", "p99 ms"];
+    report.add("saturated", Table { title: "Saturated server", head, rows }, json!({ "runs": data }));
+    Ok(())
+}
+
+/// Transactions per second.
+fn transactions(run: &Run) -> f64 {
+    run.latency.count() as f64 / run.seconds
 }
 
 async fn without_others(world: &World, batching: &str) -> Result<f64> {

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio_util::sync::DropGuard;
 use tracing::{info, warn};
 
 use self::blocking::{Batches, EVERY};
@@ -44,12 +45,13 @@ struct Verdict {
     waits: Vec<Reading>,
 }
 
-/// The running throttle of a backfill. Its tasks end when it is dropped.
+/// The running throttle of a backfill. Its tasks, and the thread of its pulse, end when it is dropped.
 pub struct Throttle {
     verdicts: watch::Receiver<Verdict>,
     batches: Arc<Batches>,
     pulse: Arc<Pulse>,
-    tasks: [JoinHandle<()>; 3],
+    tasks: [JoinHandle<()>; 2],
+    _beats: DropGuard,
 }
 
 impl Drop for Throttle {
@@ -67,11 +69,11 @@ impl Throttle {
         let (sender, verdicts) = watch::channel(first);
         let pulse = Arc::new(Pulse::new(&ctx.live.now().throttle));
         let tasks = [
-            tokio::spawn(pulse::run(ctx.clone(), Arc::clone(&pulse))),
             tokio::spawn(monitor::run(ctx.clone(), sender, Arc::clone(&pulse))),
             tokio::spawn(give_way(ctx.clone(), Arc::clone(&batches), Arc::clone(&pulse))),
         ];
-        Self { verdicts, batches, pulse, tasks }
+        let beats = pulse::start(ctx.clone(), Arc::clone(&pulse));
+        Self { verdicts, batches, pulse, tasks, _beats: beats }
     }
 
     /// Waits until a batch may begin. Also comes back when the job's status is no longer `running`: the batch sees it

@@ -6,12 +6,14 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rand::RngExt as _;
 use tokio::sync::watch;
 use tokio_postgres::Client;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, warn};
 
 use super::pacing::{self, Pacer, Seen, TICK};
@@ -21,6 +23,7 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::job::throttle::{Pace, Throttle as Section};
 use crate::metrics;
+use crate::pg::connect::Session;
 
 /// Least time between two writes: at most ten small commits per second, which is little beside what an application commits.
 const SPACING: Duration = Duration::from_millis(100);
@@ -200,20 +203,49 @@ impl Pulse {
     }
 }
 
-/// Feels over and over.
-pub(super) async fn run(ctx: Context, pulse: std::sync::Arc<Pulse>) {
+/// Feels over and over, until what this gives is dropped. On a thread of its own, as an application is one: where batches and the
+/// writes beside them share a thread, what handling a batch takes of it looks like time that the server took. Where there is no
+/// such thread, or it ends, nothing is measured, and batches wait.
+pub(super) fn start(ctx: Context, pulse: Arc<Pulse>) -> DropGuard {
+    let stop = CancellationToken::new();
+    let (stopped, feeling) = (stop.clone(), Arc::clone(&pulse));
+    let spawned = thread::Builder::new().name("pulse".into()).spawn(move || {
+        match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime.block_on(run(&ctx, &feeling, &stopped)),
+            Err(e) => feeling.failed(e.to_string()),
+        }
+    });
+    if let Err(e) = spawned {
+        pulse.failed(e.to_string());
+    }
+    stop.drop_guard()
+}
+
+async fn run(ctx: &Context, pulse: &Pulse, stop: &CancellationToken) {
     let mut pacer = Pacer::default();
-    loop {
-        if let Err(e) = beat(&ctx, &pulse, &mut pacer).await {
+    while !stop.is_cancelled() {
+        if let Err(e) = measure(ctx, pulse, &mut pacer, stop).await {
             warn!(job = ctx.job(), sqlstate = e.sqlstate(), "commits cannot be measured: {}", e.line());
             pulse.failed(e.line());
         }
-        tokio::time::sleep(RETRY).await;
+        tokio::select! {
+            () = tokio::time::sleep(RETRY) => {}
+            () = stop.cancelled() => {}
+        }
     }
 }
 
-async fn beat(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer) -> Result<()> {
+async fn measure(ctx: &Context, pulse: &Pulse, pacer: &mut Pacer, stop: &CancellationToken) -> Result<()> {
     let session = ctx.connect("pulse").await?;
+    let result = tokio::select! {
+        result = beat(ctx, &session, pulse, pacer) => result,
+        () = stop.cancelled() => Ok(()),
+    };
+    session.close().await;
+    result
+}
+
+async fn beat(ctx: &Context, session: &Session, pulse: &Pulse, pacer: &mut Pacer) -> Result<()> {
     let settings = format!(
         "set statement_timeout = {}; set lock_timeout = '100ms'; reset synchronous_commit",
         QUERY_TIMEOUT.as_millis()
