@@ -303,4 +303,6 @@ async fn how_long_from_a_cause_to_the_last_batch() {
     rig.operator("`xid_age`: a limit below what is there, by `backfilld tune`, likewise", tune, reset, "xid_age").await;
     let (pause, resume) = (&["pause", JOB, "--reason", "lunch"], &["resume", JOB]);
     rig.operator("`backfilld pause`, likewise", pause, resume, "lunch").await;
+    // Before the primary, in whose directory it is.
+    drop(replica);
 }
