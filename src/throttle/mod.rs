@@ -25,7 +25,7 @@ pub use self::pulse::Flight;
 use self::pulse::Pulse;
 use self::signal::Reading;
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::job::throttle::Pace;
 use crate::ledger::event;
 use crate::live::Tunables;
@@ -212,8 +212,11 @@ async fn watch_locks(ctx: &Context, batches: &Batches, pulse: &Pulse) -> Result<
         // Who waits for a batch has not waited for longer than it has run: short ones need no look.
         let early = patience.min(EVERY).saturating_sub(pulse.flying_for());
         if !early.is_zero() {
-            tokio::time::sleep(early).await;
-            continue;
+            tokio::select! {
+                () = tokio::time::sleep(early) => continue,
+                // Not when it is needed, which can be in hours.
+                () = session.closed() => return Err(Error::new(Kind::Connect, "the connection has ended")),
+            }
         }
         let (n, next) = batches.give_way(&session.client, patience).await?;
         if n > 0 {

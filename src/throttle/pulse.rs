@@ -1,4 +1,4 @@
-//! The task that feels what batches cost others: a small write, committed as the application commits, now beside a batch
+//! The thread that feels what batches cost others: a small write, committed as the application commits, now beside a batch
 //! and now between two, and a look at who else works. From both the [`Pacer`] makes the pace.
 //!
 //! The batches' own commits do not wait for the disk, so they tell nothing. The write is an upsert of one row of ours, some
