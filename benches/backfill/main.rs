@@ -37,6 +37,9 @@ struct Args {
     /// The server's max_wal_size: small enough, checkpoints come while rows are filled, as they do on large tables
     #[arg(long, default_value = "8GB")]
     max_wal_size: String,
+    /// The server's shared_buffers: a table that fits is filled faster than one that does not
+    #[arg(long, default_value = "512MB")]
+    shared_buffers: String,
     /// The ways to fill; default: all
     #[arg(long, value_delimiter = ',', value_enum)]
     ways: Vec<fill::Way>,
@@ -104,8 +107,9 @@ fn main() -> ExitCode {
 
 async fn run(args: &Args) -> Result<()> {
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
-    let world = World::start(args.rows, &args.max_wal_size, args.bigint, args.shape).await?;
-    let mut report = Report::new(&world, &args.max_wal_size)?;
+    let settings = [("max_wal_size", args.max_wal_size.as_str()), ("shared_buffers", args.shared_buffers.as_str())];
+    let world = World::start(args.rows, &settings, args.bigint, args.shape).await?;
+    let mut report = Report::new(&world, &settings)?;
     if wanted(Section::Fill) {
         let ways = if args.ways.is_empty() { &fill::WAYS[..] } else { &args.ways };
         fill::run(&world, args.runs, ways, args.foreground, &mut report).await?;

@@ -1,5 +1,6 @@
 //! Tables for people, JSON for machines.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -23,13 +24,13 @@ pub struct Table {
 }
 
 impl Report {
-    pub fn new(world: &World, max_wal_size: &str) -> Result<Self> {
+    pub fn new(world: &World, settings: &[(&str, &str)]) -> Result<Self> {
         let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = cpu.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name);
         let about = json!({
             "rows": world.rows,
             "server": world.server_version()?,
-            "max_wal_size": max_wal_size,
+            "settings": settings.iter().copied().collect::<HashMap<_, _>>(),
             "cores": std::thread::available_parallelism().map_or(0, usize::from),
             "cpu": model,
             "version": env!("CARGO_PKG_VERSION"),

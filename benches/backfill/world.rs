@@ -17,8 +17,7 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_backfilld");
 pub const JOB: &str = "messages_auth_user_id";
 
 /// Durable. Autovacuum would fall into some runs and not into others, so it is off.
-const SETTINGS: [&str; 7] = [
-    "shared_buffers = 512MB",
+const SETTINGS: [&str; 6] = [
     "checkpoint_timeout = 30min",
     "wal_level = logical",
     "max_connections = 50",
@@ -104,10 +103,10 @@ pub struct Daemon {
 }
 
 impl World {
-    pub async fn start(rows: u64, max_wal_size: &str, bigint: bool, shape: Option<Shape>) -> Result<Self> {
+    pub async fn start(rows: u64, server: &[(&str, &str)], bigint: bool, shape: Option<Shape>) -> Result<Self> {
         say(&format!("a server with {rows} messages"));
         let mut settings = SETTINGS.map(str::to_owned).to_vec();
-        settings.push(format!("max_wal_size = '{}'", max_wal_size.replace('\'', "''")));
+        settings.extend(server.iter().map(|(name, value)| format!("{name} = '{}'", value.replace('\'', "''"))));
         let options = ClusterOptions { settings, ..Default::default() };
         let cluster = tokio::task::block_in_place(|| Cluster::start(&options))?;
         let admin = connect(&cluster.url(SUPERUSER, "postgres")).await?;
