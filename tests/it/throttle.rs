@@ -145,6 +145,27 @@ async fn a_batch_that_keeps_the_application_waiting_is_cancelled() {
     assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
 }
 
+/// When the next batch keeps somebody waiting it is too late to find out.
+#[tokio::test]
+async fn a_lost_connection_that_looks_for_waiting_sessions_is_replaced_while_there_is_no_batch() {
+    let (job, db) = (job(GATE), TestDb::new(Template::Rows(600)).await);
+    let ledger = Ledger::new(&db).await;
+    gate(&ledger, "return false").await;
+    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
+    waits_for(&ledger, "query_gate: the query says no").await;
+    let watcher = "from pg_stat_activity where datname = current_database()
+        and application_name like 'backfilld/%' and application_name like '%locks%'";
+    let there = format!("select exists (select {watcher})");
+    wait_until("somebody looks for waiting sessions", async || ledger.is(&there).await).await;
+    ledger.run(&format!("create table public.lost as select pid {watcher}")).await;
+    ledger.run("select pg_terminate_backend(pid) from public.lost").await;
+    let again = format!("select exists (select {watcher} and pid not in (select pid from public.lost))");
+    wait_until("somebody looks again", async || ledger.is(&again).await).await;
+    assert_eq!(ledger.unfilled().await, 600, "not one batch");
+    gate(&ledger, "return true").await;
+    daemon.ended().await.expect(0, "batches go on");
+}
+
 #[tokio::test]
 async fn beyond_a_critical_limit_the_job_is_paused_until_an_operator_resumes_it() {
     let depth = "[throttle.critical]\nquery_depth = 10\n\
