@@ -217,8 +217,12 @@ impl Comparer<'_> {
         self.judge(&role.name, &mut outcome, effect(&rows[0], &rows[1]));
         if outcome.verdict == "different" {
             let some: Vec<&str> = d.users.iter().take(3).map(String::as_str).collect();
-            outcome.cause =
-                format!("{}; {} users, such as {}", self.explain.write(role, &outcome), d.users.len(), some.join(", "));
+            outcome.cause = format!(
+                "{}; {} user(s), such as {}",
+                self.explain.write(role, &outcome),
+                d.users.len(),
+                some.join(", ")
+            );
         }
         outcome
     }

@@ -91,7 +91,7 @@ async fn who_differs_is_told_from_who_wrote_between_old_and_new_policies() {
     assert_eq!(found.len(), 1, "{found:#?}");
     let expected = format!("delete rows there, all users: {rows} rows, 0 rows ");
     assert!(
-        found[0].starts_with(&expected) && found[0].ends_with(&format!("1 users, such as {locked_out}")),
+        found[0].starts_with(&expected) && found[0].ends_with(&format!("1 user(s), such as {locked_out}")),
         "{found:?}"
     );
 }
