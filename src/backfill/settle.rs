@@ -44,7 +44,7 @@ pub async fn run(ctx: &Context) -> Result<i64> {
             }
             Err(e) if e.retry() == Retry::Smaller => {
                 retries += 1;
-                ctx.pause(super::backoff(retries)).await?;
+                ctx.pause(super::lane_loop::backoff(retries)).await?;
             }
             Err(e) => return Err(e),
         }
