@@ -2,7 +2,7 @@
 
 use backfilld::demo::sample::APP_OWNER;
 
-use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, wait_until};
+use crate::support::{Cli, JOB, JobDir, Ledger, Process, Template, TestDb, wait_until};
 
 fn job(throttle: &str) -> JobDir {
     let job = JobDir::shipped();
@@ -29,15 +29,21 @@ async fn gate(ledger: &Ledger, body: &str) {
         .await;
 }
 
-const GATE: &str = "[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"";
-
-#[tokio::test]
-async fn an_operators_query_stops_batches_and_lets_them_go_on() {
+/// A daemon that has done nothing yet, since the gate is closed.
+async fn stopped() -> (JobDir, TestDb, Ledger, Process) {
     let (job, db) = (job(GATE), TestDb::new(Template::Rows(600)).await);
     let ledger = Ledger::new(&db).await;
     gate(&ledger, "return false").await;
     let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
     waits_for(&ledger, "query_gate: the query says no").await;
+    (job, db, ledger, daemon)
+}
+
+const GATE: &str = "[[throttle.queries]]\nname = \"gate\"\nsql = \"select public.gate()\"";
+
+#[tokio::test]
+async fn an_operators_query_stops_batches_and_lets_them_go_on() {
+    let (_job, db, ledger, daemon) = stopped().await;
     assert_eq!(ledger.unfilled().await, 600, "not one batch");
     Cli::new(&db).run(&["status", JOB]).await.expect(0, "");
     let shown = Cli::new(&db).run(&["status", JOB]).await.stdout;
@@ -49,12 +55,8 @@ async fn an_operators_query_stops_batches_and_lets_them_go_on() {
 
 #[tokio::test]
 async fn a_query_that_fails_hangs_or_writes_stops_batches() {
-    let (job, db) = (job(GATE), TestDb::new(Template::Rows(600)).await);
-    let ledger = Ledger::new(&db).await;
     // With one that fails from the start, preflight would not let the job begin.
-    gate(&ledger, "return false").await;
-    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
-    waits_for(&ledger, "query_gate: the query says no").await;
+    let (_job, _db, ledger, daemon) = stopped().await;
     for (body, said) in [
         ("raise exception 'no such thing'", "no such thing"),
         ("perform pg_sleep(60); return true", "statement timeout"),
@@ -148,11 +150,7 @@ async fn a_batch_that_keeps_the_application_waiting_is_cancelled() {
 /// When the next batch keeps somebody waiting it is too late to find out.
 #[tokio::test]
 async fn a_lost_connection_that_looks_for_waiting_sessions_is_replaced_while_there_is_no_batch() {
-    let (job, db) = (job(GATE), TestDb::new(Template::Rows(600)).await);
-    let ledger = Ledger::new(&db).await;
-    gate(&ledger, "return false").await;
-    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
-    waits_for(&ledger, "query_gate: the query says no").await;
+    let (_job, _db, ledger, daemon) = stopped().await;
     let watcher = "from pg_stat_activity where datname = current_database()
         and application_name like 'backfilld/%' and application_name like '%locks%'";
     let there = format!("select exists (select {watcher})");
