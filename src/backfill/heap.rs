@@ -22,6 +22,7 @@ use crate::pg::connect::Session;
 use crate::phase::Status;
 use crate::plan::rounds::initial_rounds;
 use crate::plan::steps::Walk;
+use crate::throttle::Flight;
 
 /// Updates in later rounds from which their share of HOT ones means something.
 const ENOUGH_UPDATES: u64 = 200;
@@ -109,6 +110,7 @@ impl HeapWalk {
         session: &mut Session,
         checkpoint: &mut Checkpoint,
         pages: u32,
+        flight: &mut Flight<'_>,
         next_pages: impl FnOnce(u32, Duration) -> u32,
     ) -> std::result::Result<Batch, Failed> {
         let Some(slice) = self.cursor.slice(pages) else {
@@ -117,8 +119,7 @@ impl HeapWalk {
         let bounds = Bounds::of(slice);
         let target = &ctx.facts.shape.target;
         self.plan_check.look(&session.client, Walk::Heap, target, &bounds.execute(), &[]).await?;
-        let began = Instant::now();
-        let attempt = self.attempt(ctx, &session.client, checkpoint, slice, began, next_pages).await;
+        let attempt = self.attempt(ctx, &session.client, checkpoint, slice, flight, next_pages).await;
         if !matches!(attempt, Ok(Attempt::Committed(_))) {
             // What a broken connection makes of this does not matter: its transaction is gone as well.
             let _ = session.client.batch_execute("rollback").await;
@@ -133,7 +134,8 @@ impl HeapWalk {
         }
     }
 
-    /// One transaction in two round trips: `begin`, fence and update go out together, checkpoint and `commit` as well.
+    /// One transaction in two round trips, and one for each piece behind the first: `begin`, fence and update go out together,
+    /// checkpoint and `commit` as well.
     ///
     /// Nothing is lost by not waiting in between. Without the fence the transaction is rolled back. Where the table was
     /// rewritten the checkpoint does not move, and what was filled is right all the same.
@@ -143,12 +145,15 @@ impl HeapWalk {
         client: &Client,
         checkpoint: &mut Checkpoint,
         slice: Slice,
-        began: Instant,
+        flight: &mut Flight<'_>,
         next_pages: impl FnOnce(u32, Duration) -> u32,
     ) -> Result<Attempt> {
         let lease = &ctx.lease;
         let fence: [&(dyn ToSql + Sync); 3] = [&lease.job, &lease.epoch, &lease.holder];
-        let bounds = Bounds::of(slice);
+        let n = flight.pieces(ctx);
+        let mut pieces = slice.pieces(n);
+        let mut done = pieces.next().unwrap_or(slice);
+        let bounds = Bounds::of(done);
         let range = bounds.params();
         let (begun, status, updated) = tokio::join!(
             biased;
@@ -163,18 +168,34 @@ impl HeapWalk {
         if status != Status::Running.as_str() {
             return Ok(Attempt::NotRunning);
         }
-        let updated = updated?;
+        flight.trip();
+        let mut updated = updated?;
+        for piece in pieces {
+            if !flight.rest(ctx).await {
+                break;
+            }
+            crate::fault::point("between-pieces");
+            updated += client.execute(&self.statements.fill, &Bounds::of(piece).params()).await?;
+            flight.trip();
+            done.high = piece.high;
+        }
+        if n > 1 {
+            // The end of the transaction is as much work as a piece.
+            flight.rest(ctx).await;
+        }
+        let slice = done;
         let rounds = self.rounds_after(slice);
         let next = self.cursor.after(slice, rounds);
         let walked = (next.ratio() * checkpoint.rows_estimate as f64) as i64;
         let units = (slice.high - slice.low) as u32;
-        let size = next_pages(units, began.elapsed());
+        let size = next_pages(units, flight.worked());
         crate::fault::point("before-commit");
         let (moved, committed) = tokio::join!(
             biased;
             self.advance(client, ctx, next, walked, updated as i64, size, false),
             client.batch_execute("commit"),
         );
+        flight.trip();
         let moved = moved?;
         committed?;
         crate::fault::point("after-commit");
@@ -202,7 +223,7 @@ impl HeapWalk {
             units,
             scanned: scanned as u32,
             updated: updated as u32,
-            took: began.elapsed(),
+            took: flight.took(),
         }))
     }
 

@@ -51,6 +51,15 @@ pub struct Slice {
     pub rounds: u32,
 }
 
+impl Slice {
+    /// Its pages in up to `n` pieces of about the same size, in order.
+    pub fn pieces(self, n: u32) -> impl Iterator<Item = Self> {
+        let pages = self.high - self.low;
+        let n = u64::from(n).clamp(1, pages.max(1));
+        (0..n).map(move |i| Self { low: self.low + pages * i / n, high: self.low + pages * (i + 1) / n, ..self })
+    }
+}
+
 impl HeapCursor {
     /// A walk over the pages from `start` up to but without `bound` that begins with `rounds` rounds per window.
     pub fn new(start: u64, bound: u64, rounds: u32) -> Self {
@@ -222,6 +231,18 @@ mod tests {
             }
             prop_assert!(seen[start as usize..].iter().all(|s| *s == [u64::MAX; 4]));
             prop_assert_eq!(cursor.ratio(), 1.0);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_the_slice(low in 0u64..5000, pages in 1u64..300, n in 0u32..10) {
+            let slice = Slice { low, high: low + pages, round: 3, rounds: 7 };
+            let pieces: Vec<Slice> = slice.pieces(n).collect();
+            prop_assert_eq!(pieces.len() as u64, u64::from(n.max(1)).min(pages));
+            prop_assert_eq!((pieces[0].low, pieces[pieces.len() - 1].high), (slice.low, slice.high));
+            prop_assert!(pieces.windows(2).all(|w| w[0].high == w[1].low));
+            prop_assert!(pieces.iter().all(|p| p.low < p.high && (p.round, p.rounds) == (3, 7)));
         }
     }
 

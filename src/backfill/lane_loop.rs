@@ -58,7 +58,7 @@ impl<'a> Loop<'a> {
             lane,
             team,
             // The stored size was found at a pace such as this one.
-            sizer: Sizer::new(team.throttle.batch_target(ctx), least, most, first),
+            sizer: Sizer::new(team.throttle.batch_target(ctx, team.pages.is_some()), least, most, first),
             target: Duration::ZERO,
             isolating: None,
             retries: 0,
@@ -86,7 +86,8 @@ impl<'a> Loop<'a> {
             let rows = self.isolating.unwrap_or(self.sizer.rows());
             let isolating = self.isolating.is_some();
             let sizer = &mut self.sizer;
-            let batch = walk.batch(ctx, session, checkpoint, rows, |units, took| {
+            let mut flight = self.team.throttle.flight().await;
+            let batch = walk.batch(ctx, session, checkpoint, rows, &mut flight, |units, took| {
                 if !isolating {
                     sizer.committed(units, took);
                 }
@@ -96,15 +97,15 @@ impl<'a> Loop<'a> {
                 target: progress::SPANS, "batch", job = ctx.job(), lane = self.lane, rows,
                 rows_scanned = Empty, rows_updated = Empty, sqlstate = Empty, otel.status_code = Empty,
             );
-            let flight = self.team.throttle.flight();
             let ended = batch.instrument(span.clone()).await;
+            let worked = flight.worked_last();
             drop(flight);
             batch::note(span, &ended);
             match ended {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
                     let ratio = walk.ratio(checkpoint);
                     self.committed(ctx, session, checkpoint, ratio, [scanned, updated], took).await?;
-                    self.team.throttle.rest(ctx, took).await?;
+                    self.team.throttle.rest(ctx, worked).await?;
                 }
                 Ok(Batch::End) => {
                     info!(
@@ -131,7 +132,7 @@ impl<'a> Loop<'a> {
         }
         let target = ctx.live.now().batching.target_duration;
         let (least, most, _) = walk.limits(ctx, checkpoint);
-        self.sizer.retune(self.team.throttle.batch_target(ctx), least, most);
+        self.sizer.retune(self.team.throttle.batch_target(ctx, walk.in_pieces()), least, most);
         if target != self.target {
             self.target = target;
             set_statement_timeout(session, target, self.timeouts_at_floor).await?;
@@ -249,7 +250,7 @@ impl<'a> Loop<'a> {
             }
             Retry::Never if is_about_a_row(&sqlstate) => match range {
                 Some((key, 1)) => {
-                    let flight = self.team.throttle.flight();
+                    let flight = self.team.throttle.flight().await;
                     walk.set_aside(ctx, session, checkpoint, &key, &error).await?;
                     drop(flight);
                     let total = checkpoint::quarantined(&session.client, ctx.job()).await?;

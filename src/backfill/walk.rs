@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::ledger::checkpoint::Checkpoint;
 use crate::pg::connect::Session;
 use crate::plan::steps;
+use crate::throttle::Flight;
 
 /// Pages of the first batch in heap order: enough to measure, few enough for a cold disk.
 const INITIAL_PAGES: u32 = 32;
@@ -79,6 +80,11 @@ impl Walk {
         }
     }
 
+    /// Whether a batch can be made of pieces.
+    pub fn in_pieces(&self) -> bool {
+        matches!(self, Self::Heap(_))
+    }
+
     /// Done part of the lane's range, 0 to 1. By key it is that of the estimated rows, and one only at the end.
     pub fn ratio(&self, checkpoint: &Checkpoint) -> f64 {
         match self {
@@ -98,11 +104,12 @@ impl Walk {
         session: &mut Session,
         checkpoint: &mut Checkpoint,
         size: u32,
+        flight: &mut Flight<'_>,
         next: impl FnOnce(u32, Duration) -> u32,
     ) -> std::result::Result<Batch, Failed> {
         match self {
             Self::Keyset(statements) => batch::run(ctx, session, statements, checkpoint, size, next).await,
-            Self::Heap(walk) => walk.batch(ctx, session, checkpoint, size, next).await,
+            Self::Heap(walk) => walk.batch(ctx, session, checkpoint, size, flight, next).await,
         }
     }
 

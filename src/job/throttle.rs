@@ -54,7 +54,7 @@ pub struct Throttle {
     pub xid_age: u32,
     /// Greatest age of the database's oldest multixact; see `xid_age`.
     pub multixact_age: u32,
-    /// Longest time that a small write may take to commit, as the median of the last ones.
+    /// Longest time that a small transaction may take, as the median of the last ones.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub commit_latency: Duration,
@@ -71,8 +71,8 @@ pub struct Throttle {
     /// Share of time that each lane works: 0.25 pauses three times as long as a batch took. With `pace = "auto"` the most
     /// that it may be. 0.01 to 1.
     pub duty: f64,
-    /// With `pace = "auto"`: how much longer than without batches the slowest hundredth of small commits may take with them, as
-    /// a factor. 1.05 to 10.
+    /// With `pace = "auto"`: how much longer than without batches the slowest hundredth of an application's transactions may take
+    /// with them, as a factor. 1.05 to 10.
     pub latency_budget: f64,
     /// Signals that are left out, where the login may not read them or they mean nothing here; a list of the names in
     /// docs/throttle.md.

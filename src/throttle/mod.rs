@@ -4,6 +4,7 @@
 pub mod blocking;
 mod database;
 pub mod endpoint;
+mod flight;
 mod monitor;
 pub mod operator;
 pub mod pacing;
@@ -21,7 +22,7 @@ use tokio_util::sync::DropGuard;
 use tracing::{info, warn};
 
 use self::blocking::{Batches, EVERY};
-pub use self::pulse::Flight;
+pub use self::flight::Flight;
 use self::pulse::Pulse;
 use self::signal::Reading;
 use crate::context::Context;
@@ -128,9 +129,9 @@ impl Throttle {
         self.batches.gave_way(session.pid)
     }
 
-    /// To be held while a batch runs.
-    pub fn flight(&self) -> Flight<'_> {
-        self.pulse.flight()
+    /// To be held while a batch runs. Begins it, which may take a moment.
+    pub async fn flight(&self) -> Flight<'_> {
+        self.pulse.flight().await
     }
 
     /// A batch failed for want of a lock: somebody was in its way, and it may have been in theirs.
@@ -143,16 +144,16 @@ impl Throttle {
         *self.pulse.pace().borrow()
     }
 
-    /// How long the next batch may take, of a target for full speed.
-    pub fn batch_target(&self, ctx: &Context) -> Duration {
+    /// How long the next batch may work, of a target for full speed.
+    pub fn batch_target(&self, ctx: &Context, in_pieces: bool) -> Duration {
         let live = ctx.live.now();
         match live.throttle.pace {
-            Pace::Auto => pacing::batch_target(self.pace(), live.batching.target_duration),
+            Pace::Auto => pacing::batch_target(self.pace(), live.batching.target_duration, in_pieces),
             Pace::Constant => live.batching.target_duration,
         }
     }
 
-    /// Rests after a batch that took `took`. A change of what decides about the rest takes effect while it lasts, and a job
+    /// Rests after a batch that has worked for `took` since its last rest. A change of what decides about the rest takes effect while it lasts, and a job
     /// that is no longer running ends it.
     ///
     /// # Errors
@@ -185,13 +186,18 @@ impl Throttle {
     }
 }
 
-/// The pause after a batch that took `took`.
-fn pause(now: &Tunables, pace: f64, took: Duration) -> Duration {
+/// The pause after a batch that has worked for `worked`.
+fn pause(now: &Tunables, pace: f64, worked: Duration) -> Duration {
+    now.batching.pause + rest(now, pace, worked)
+}
+
+/// The part of it that the pace asks for.
+fn rest(now: &Tunables, pace: f64, worked: Duration) -> Duration {
     let duty = match now.throttle.pace {
         Pace::Auto => pace.min(now.throttle.duty),
         Pace::Constant => now.throttle.duty,
     };
-    now.batching.pause + took.mul_f64((1.0 - duty) / duty)
+    worked.mul_f64((1.0 - duty) / duty)
 }
 
 /// Looks over and over whom our batches keep waiting. What it cannot see has another bound: the batch's own duration.
@@ -210,7 +216,7 @@ async fn watch_locks(ctx: &Context, batches: &Batches, pulse: &Pulse) -> Result<
     loop {
         let patience = ctx.live.now().throttle.give_way_after;
         // Who waits for a batch has not waited for longer than it has run: short ones need no look.
-        let early = patience.min(EVERY).saturating_sub(pulse.flying_for());
+        let early = patience.min(EVERY).saturating_sub(pulse.flights().borrow().flying_for());
         if !early.is_zero() {
             tokio::select! {
                 () = tokio::time::sleep(early) => continue,

@@ -1,15 +1,16 @@
 //! How fast batches follow each other; pure.
 //!
-//! One number, the pace, is the share of time that a lane works; its fifth power is the share of its target duration that a
-//! batch takes, at least a millisecond: up to 0.4 batches of that length follow each other ever closer, beyond it they grow.
-//! While nobody else works it is at full speed within a second or two. While somebody does, it keeps what others feel within
-//! a budget. Small writes that commit beside a batch are compared with those that commit between two: what makes both slow is
-//! not ours. What others feel is the slowest hundredth of what
-//! they do: one slow moment in a hundred is the most that batches may add up to, however slow it is beside a batch and
-//! however often there is one. So the rarer batches are, the more often one of them may be felt.
+//! One number, the pace, is the share of time that a lane works; its eighth power is the share of its target duration that it
+//! works without a rest, at least half a millisecond: up to 0.5 pieces of that length follow each other ever closer, beyond it they
+//! grow. A batch of several pieces costs less than several batches. While nobody else works the pace is at full speed within a
+//! second or two. While somebody does, it keeps what others feel within a budget.
 //!
-//! Beyond the budget the pace falls, well within it rises, and in between it stays. After a fall it keeps below the pace
-//! that was too much for a while, so that it does not go up and down like a saw.
+//! Small transactions at any moment are compared with those that come while batches keep still: what makes both slow is not ours.
+//! What others feel is the slowest hundredth of what they do. A transaction counts as slow by how far it is beyond where that begins:
+//! from nothing, far below, to one, far beyond. Each lowers the pace by as much of a step as it is slow, and raises it by what would be
+//! slow on average if all that happens without batches took longer by the budget. So the pace comes to rest where as much is slow as
+//! may be (a stochastic approximation: Robbins and Monro 1951). Steps are long at first, and shorter each time something was slow, so
+//! that in the end chance moves it little; but when many are slow at once, it is down within a second.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -18,46 +19,56 @@ use std::time::Duration;
 pub const TICK: Duration = Duration::from_millis(500);
 /// The lowest pace. It still makes progress: a twentieth of the time is work.
 pub const FLOOR: f64 = 0.05;
-/// The pace at first, and when somebody comes: a tenth is hardly felt, and is left within seconds where nobody is there.
-const START: f64 = 0.1;
-/// The highest pace while others work: without a rest there is nothing to compare with.
+/// The pace at first, and when somebody comes: of a fifth in short pieces little is felt, and it is left within seconds where nobody is there.
+const START: f64 = 0.2;
+/// The highest pace while others work: they are to find some rest.
 const MOST_BESIDE_OTHERS: f64 = 0.8;
-/// The shortest batch. Who needs a core that a batch uses waits for the rest of it, or for the scheduler's next look, which is
-/// some milliseconds as well: beside batches of 10 ms the application's slowest hundredth took 4.4 ms, at 0.1 of the time and
-/// 6,200 rows per second; beside batches of 1 ms 2.8 ms, at 0.4 of the time and 11,500 rows per second; alone 2.0 ms
-/// (docs/throttle.md). Below a millisecond most of it is what a batch costs whatever its size.
-const SHORTEST: Duration = Duration::from_millis(1);
+/// The shortest piece of a batch. Who needs a core that a piece uses waits for the rest of it, or for the scheduler's next look, which
+/// is some milliseconds as well (docs/throttle.md). Less is mostly what a piece costs whatever its size.
+const SHORTEST: Duration = Duration::from_micros(500);
+/// The pieces of a batch at most: it costs about as much as two of them whatever its size.
+const MOST_PIECES: u32 = 4;
 /// Ticks without others before nobody counts as there: 3 s, longer than an application with some requests per second is
 /// silent.
 const QUIET_TICKS: u32 = 6;
 /// What others feel is their slowest hundredth, as their p99 does.
 const TAIL: f64 = 0.01;
-/// So many slow commits must have been possible within the budget before none of them means something.
-const EVIDENCE: f64 = 3.0;
-/// Commits between batches before anything is judged: less know no tail.
-const ENOUGH: usize = 50;
-/// Commits between batches that are kept, about a minute: a hundredth of them is a handful.
-const KEPT: usize = 400;
-/// Those of them that say how it is now, some five seconds: their median is steady, and soon follows a change of load.
+/// Transactions without batches before anything is judged: less know no tail.
+const ENOUGH: usize = 30;
+/// Transactions without batches that are kept, some three minutes.
+const KEPT: usize = 600;
+/// The share of them from which the slowest hundredth is extrapolated, of which they hold a handful at most.
+const FEW: f64 = 0.1;
+/// How far beyond where the slowest tenth begins it is at most. A few that took a hundred times as long say nothing about one in a
+/// hundred, and would let anything pass.
+const HEAVY: f64 = 3.0;
+/// Those of them that say how it is now, some eight seconds: their median is steady, and soon follows a change of load.
 const RECENT: usize = 24;
-/// What a commit may take longer whatever the budget, in seconds: jitter of the network and of the scheduler.
-const SLACK: f64 = 0.00025;
-/// A rise, as a factor per judgement.
-const RISE: f64 = 1.15;
-/// The same until it was too much for the first time: from the start to the most in four judgements.
-const FIRST_RISE: f64 = 1.7;
-/// The same while nobody else works: from the start to full speed within two ticks.
+/// A median that differs from that of all by no more than this says nothing: it is a few of them.
+const STEADY: std::ops::Range<f64> = 0.8..1.25;
+/// The part of the budget that our small transactions may use. They are shorter than an application's and feel less of what batches do:
+/// where pgbench's took 1.1 to 1.3 times as long in all but the slowest hundredth, as much of ours was slow as if they had taken 1.1 to
+/// 1.2 times as long (docs/throttle.md has what came of it).
+const OURS: f64 = 0.8;
+/// How sharp the line is between slow and not, as the power of the distance from it: at half of it a 257th, at twice of it all but that.
+/// With a sharp line it would be one transaction in a hundred that says something, and the pace a matter of chance.
+const SHARP: i32 = 8;
+/// The step down for one that was as slow as can be, as a logarithm. First, and in the end: a third, and an eighth.
+const FIRST_STEP: f64 = 0.4;
+const STEP: f64 = 0.14;
+/// What becomes of it each time.
+const STEP_SHRINKS: f64 = 0.8;
+/// The factor of a tick while nobody else works: from the start to full speed within two.
 const ALONE_RISE: f64 = 4.0;
-/// A fall.
+/// A fall for another reason than that.
 const FALL: f64 = 0.75;
-/// The same where it is far beyond, which is [`FAR`] times too often.
-const STEEP_FALL: f64 = 0.5;
-const FAR: f64 = 4.0;
-/// How close to a pace that was too much it may come, and for how many ticks: a minute.
+/// How close to a pace at which a batch was in somebody's way it may come, and for how many ticks: a minute.
 const BELOW_CEILING: f64 = 0.85;
 const CEILING_TICKS: u32 = 120;
-/// The server itself is slow when commits between batches take so many times what they took at their best.
+/// The server itself is slow when transactions without batches take so many times what they took at their best.
 const SATURATED: f64 = 3.0;
+/// The factor of a tick while it is: at the floor within half a minute.
+const SATURATED_FALL: f64 = 0.95;
 /// Ticks after which the best is taken a little less seriously: 1% every ten seconds.
 const BEST_FADES: f64 = 1.000_5;
 
@@ -66,12 +77,10 @@ const BEST_FADES: f64 = 1.000_5;
 pub struct Seen {
     /// Somebody else works on this server, or it cannot be told.
     pub others: bool,
-    /// Commit times in seconds, of small writes while a batch ran.
-    pub beside: Vec<f64>,
-    /// And while none ran.
-    pub between: Vec<f64>,
-    /// Share of the time in which a batch ran, of any lane.
-    pub busy: f64,
+    /// What small transactions took, in seconds, at any moment while batches run.
+    pub with: Vec<f64>,
+    /// And while batches kept still.
+    pub without: Vec<f64>,
     /// A batch kept somebody waiting, or waited for somebody's lock in vain.
     pub pressed: bool,
     /// Batches wait for a signal.
@@ -86,17 +95,12 @@ pub struct Pacer {
     calm: f64,
     present: bool,
     quiet: u32,
-    /// Since the last judgement.
-    beside: Vec<f64>,
-    /// The share of time in which a batch ran, in each tick since then.
-    busy: Vec<f64>,
-    between: VecDeque<f64>,
-    /// Median of commits between batches, at its best.
+    without: VecDeque<f64>,
+    /// Median of transactions without batches, at its best.
     best: f64,
+    step: f64,
     ceiling: f64,
     ceiling_ticks: u32,
-    /// It was too much, or the server saturated, once since somebody came.
-    warned: bool,
 }
 
 impl Default for Pacer {
@@ -107,13 +111,11 @@ impl Default for Pacer {
             // The first look tells; until then the pace is as if somebody were there.
             present: false,
             quiet: 0,
-            beside: Vec::new(),
-            busy: Vec::new(),
-            between: VecDeque::new(),
+            without: VecDeque::new(),
             best: f64::INFINITY,
+            step: FIRST_STEP,
             ceiling: 1.0,
             ceiling_ticks: 0,
-            warned: false,
         }
     }
 }
@@ -129,41 +131,39 @@ impl Pacer {
         self.present
     }
 
+    /// Whether it is known how others fare without batches.
+    pub fn knows_enough(&self) -> bool {
+        self.without.len() >= ENOUGH
+    }
+
     /// Learns, and gives the next pace: at most `most`, with a `budget` above 1.
     pub fn tick(&mut self, seen: Seen, most: f64, budget: f64) -> f64 {
         let came = self.look_for_others(seen.others);
         if came {
             // What was measured without them says nothing about how it is with them.
-            self.between.clear();
-            self.forget();
+            self.without.clear();
+            self.step = FIRST_STEP;
         }
-        self.beside.extend(seen.beside);
-        self.busy.push(seen.busy);
-        self.between.extend(seen.between);
-        self.between.drain(..self.between.len().saturating_sub(KEPT));
+        self.without.extend(seen.without);
+        self.without.drain(..self.without.len().saturating_sub(KEPT));
         self.ceiling_ticks = self.ceiling_ticks.saturating_sub(1);
-        if self.ceiling_ticks == 0 {
-            self.ceiling = 1.0;
-        }
         let now = self.pace;
         let next = if seen.stopped {
             // When it goes on, everybody else does too.
             now.min(self.calm).min(START)
         } else if seen.pressed {
-            self.too_much(now, FALL)
+            self.ceiling = now;
+            self.ceiling_ticks = CEILING_TICKS;
+            now * FALL
         } else if !self.present {
             now * ALONE_RISE
         } else if came {
-            self.warned = false;
             now.min(self.calm)
         } else {
-            self.judge(now, budget)
+            self.judge(now, &seen.with, budget)
         };
         let most = if self.present { most.min(MOST_BESIDE_OTHERS) } else { most };
         self.pace = next.min(most).max(FLOOR.min(most));
-        if self.pace != now {
-            self.forget();
-        }
         if self.present {
             self.calm = self.pace;
         }
@@ -178,63 +178,73 @@ impl Pacer {
         self.present && !before
     }
 
-    fn judge(&mut self, now: f64, budget: f64) -> f64 {
-        if self.between.len() < ENOUGH {
+    fn judge(&mut self, now: f64, with: &[f64], budget: f64) -> f64 {
+        if !self.knows_enough() {
             return now;
         }
-        let between = sorted(&self.between);
-        let recent = quantile(&sorted(self.between.iter().rev().take(RECENT)), 0.5);
+        let without = sorted(&self.without);
+        let recent = quantile(&sorted(self.without.iter().rev().take(RECENT)), 0.5);
         self.best = (self.best * BEST_FADES).min(recent);
-        // Where the slowest hundredth begins, as it is now.
-        let tail = quantile(&between, 1.0 - TAIL) * recent / quantile(&between, 0.5);
-        let limit = tail * budget + SLACK;
-        let over = |v: &f64| *v > limit;
-        // So often it is slow without us; the rest of the hundredth is for us.
-        let without_us = between.iter().filter(|v| over(v)).count() as f64 / between.len() as f64;
-        let busy = (self.busy.iter().sum::<f64>() / self.busy.len().max(1) as f64).clamp(TAIL, 1.0);
-        let share = ((TAIL - (1.0 - busy) * without_us) / busy).clamp(TAIL / 2.0, 1.0);
-        let allowed = self.beside.len() as f64 * share;
-        let found = self.beside.iter().filter(|v| over(v)).count() as f64;
-        if found > allowed.max(EVIDENCE) {
-            return self.too_much(now, if found > allowed * FAR { STEEP_FALL } else { FALL });
-        }
-        if allowed < EVIDENCE {
-            return now;
-        }
-        self.forget();
-        if recent > self.best * SATURATED + SLACK {
+        if recent > self.best * SATURATED {
             // Not by us alone, but less of us is less of it.
-            self.warned = true;
-            return now * FALL;
+            return now * SATURATED_FALL;
         }
-        let rise = if self.warned { RISE } else { FIRST_RISE };
-        if found <= allowed / 2.0 { (now * rise).min((self.ceiling * BELOW_CEILING).max(FLOOR)) } else { now }
-    }
-
-    fn too_much(&mut self, now: f64, fall: f64) -> f64 {
-        self.warned = true;
-        self.ceiling = now;
-        self.ceiling_ticks = CEILING_TICKS;
-        now * fall
-    }
-
-    /// Begins to look anew at what batches cost.
-    fn forget(&mut self) {
-        self.beside.clear();
-        self.busy.clear();
+        let longer = 1.0 + (budget - 1.0) * OURS;
+        // Where the slowest hundredth of what took so much longer begins. Should that be a little off, it is so for both.
+        let line = tail(&without) * longer;
+        let may_be = without.iter().map(|took| slow(took * longer, line)).sum::<f64>() / without.len() as f64;
+        // As it is now, not as it was in the last minutes.
+        let change = recent / quantile(&without, 0.5).max(f64::MIN_POSITIVE);
+        let line = if STEADY.contains(&change) { line } else { line * change };
+        let slow: Vec<f64> = with.iter().map(|took| slow(*took, line)).collect();
+        let many = slow.iter().filter(|slow| **slow > 0.5).count();
+        // Two within a tick are hardly by chance.
+        let step = if many > 1 { FIRST_STEP } else { self.step };
+        self.step = (self.step * STEP_SHRINKS.powi(many as i32)).max(STEP);
+        let next = now * (step * slow.iter().map(|slow| may_be - slow).sum::<f64>()).exp();
+        let most = if self.ceiling_ticks > 0 { self.ceiling * BELOW_CEILING } else { 1.0 };
+        // It may be above that already, but goes no further.
+        if next > now { next.min(most.max(now)) } else { next }
     }
 }
 
-/// How long a batch may take at this pace, of a target for full speed. Its fifth power: short ones do others the least harm,
-/// long ones do the most in the time.
-pub fn batch_target(pace: f64, target: Duration) -> Duration {
-    target.mul_f64(pace.clamp(0.0, 1.0).powi(5)).max(SHORTEST.min(target))
+/// How slow something is that took so long, 0 to 1, and a half at the line.
+fn slow(took: f64, line: f64) -> f64 {
+    1.0 / (1.0 + (line / took.max(f64::MIN_POSITIVE)).powi(SHARP))
+}
+
+/// How long a batch may work without a rest at this pace, of a target for full speed. Its eighth power: short ones do others the least
+/// harm, long ones do the most in the time.
+fn piece_target(pace: f64, target: Duration) -> Duration {
+    target.mul_f64(pace.clamp(0.0, 1.0).powi(8)).max(SHORTEST.min(target))
+}
+
+/// How long a batch may work at this pace, without its rests: where it can be made of pieces, as long as several of them.
+pub fn batch_target(pace: f64, target: Duration, in_pieces: bool) -> Duration {
+    let least = SHORTEST * if in_pieces { MOST_PIECES } else { 2 };
+    piece_target(pace, target).max(least.min(target))
+}
+
+/// In how many pieces it does.
+pub fn pieces(pace: f64, target: Duration) -> u32 {
+    let (batch, piece) = (batch_target(pace, target, true), piece_target(pace, target));
+    (batch.as_secs_f64() / piece.as_secs_f64().max(f64::MIN_POSITIVE)).round().clamp(1.0, f64::from(MOST_PIECES)) as u32
 }
 
 fn sorted<'a>(values: impl IntoIterator<Item = &'a f64>) -> Vec<f64> {
     let mut sorted: Vec<f64> = values.into_iter().copied().collect();
     sorted.sort_by(f64::total_cmp);
     sorted
+}
+
+/// Where the slowest hundredth begins: extrapolated from the slowest tenth as if that fell off by a power, whose exponent is the
+/// mean of its logarithms (Hill 1975, Weissman 1978). In 2,500 commits of a benchmark's server, cut into pieces of 200, this
+/// differed from piece to piece by 16%, the value at that place by 34%.
+fn tail(sorted: &[f64]) -> f64 {
+    let from = quantile(sorted, 1.0 - FEW).max(f64::MIN_POSITIVE);
+    let slowest: Vec<f64> = sorted.iter().filter(|v| **v > from).map(|v| (v / from).ln()).collect();
+    let mean = slowest.iter().sum::<f64>() / slowest.len().max(1) as f64;
+    from * (FEW / TAIL).powf(mean).min(HEAVY)
 }
 
 fn quantile(sorted: &[f64], share: f64) -> f64 {
@@ -285,18 +295,21 @@ mod tests {
             self.between() * (1.0 + self.harm) + waits
         }
 
+        /// A request at any moment.
+        fn felt_at(&mut self, pace: f64) -> f64 {
+            if self.random.random_bool(pace) { self.beside(pace) } else { self.between() }
+        }
+
         /// What the application's slowest hundredth takes at this pace.
         fn p99(&mut self, pace: f64) -> f64 {
-            let mut felt: Vec<f64> = (0..4000)
-                .map(|_| if self.random.random_bool(pace) { self.beside(pace) } else { self.between() })
-                .collect();
+            let mut felt: Vec<f64> = (0..4000).map(|_| self.felt_at(pace)).collect();
             felt.sort_by(f64::total_cmp);
             felt[3960]
         }
 
-        /// As [`Self::p99`], as a multiple of what it is without batches and of what nobody feels.
+        /// As [`Self::p99`], as a multiple of what it is without batches.
         fn felt(&mut self, pace: f64) -> f64 {
-            self.p99(pace) / (self.p99(0.0) + SLACK / BUDGET)
+            self.p99(pace) / self.p99(0.0)
         }
 
         /// The highest of these paces at which the application feels no more than this.
@@ -304,25 +317,23 @@ mod tests {
             [0.8, 0.6, 0.45, 0.3, 0.2, 0.14, 0.1, 0.07].into_iter().find(|p| self.felt(*p) <= budget).unwrap_or(0.05)
         }
 
-        /// Half a second: at most three looks of each kind, and not more than three in one batch.
+        /// Half a second: five looks, about one of three without batches.
         fn run(&mut self, pacer: &mut Pacer, ticks: usize) -> Vec<f64> {
             let tick = |plant: &mut Self, pacer: &mut Pacer| {
                 let pace = pacer.pace();
-                let batches = 0.5 * pace / batch(pace);
-                let looks = if plant.random.random_bool(batches.min(1.0)) { 3 } else { 1 };
-                let beside = (0..looks).map(|_| plant.beside(pace)).collect();
-                let between = (0..3).map(|_| plant.between()).collect();
-                let busy = (pace * plant.random.random_range(0.7..1.3)).min(1.0);
-                let seen = Seen { others: plant.others, beside, between, busy, ..Seen::default() };
+                let without = if plant.random.random_bool(0.67) { 2 } else { 1 };
+                let with = (without..5).map(|_| plant.felt_at(pace)).collect();
+                let without = (0..without).map(|_| plant.between()).collect();
+                let seen = Seen { others: plant.others, with, without, ..Seen::default() };
                 pacer.tick(seen, 1.0, BUDGET)
             };
             (0..ticks).map(|_| tick(self, pacer)).collect()
         }
     }
 
-    /// Seconds that a batch takes.
+    /// Seconds that a piece takes.
     fn batch(pace: f64) -> f64 {
-        batch_target(pace, Duration::from_millis(100)).as_secs_f64()
+        piece_target(pace, Duration::from_millis(100)).as_secs_f64()
     }
 
     fn mean(paces: &[f64]) -> f64 {
@@ -342,12 +353,12 @@ mod tests {
             let (mut plant, mut pacer) = (Plant::new(seed, base, harm, queue), Pacer::default());
             plant.run(&mut pacer, 1200);
             let settled = plant.run(&mut pacer, 1200);
-            let (mean, ideal, most) = (mean(&settled), plant.highest(BUDGET), plant.highest(BUDGET * 1.25));
-            let beyond = settled.iter().filter(|p| **p > most * 1.25).count();
-            prop_assert!(beyond <= settled.len() / 5, "{beyond} of {} beyond {most}, {mean}", settled.len());
+            let (mean, ideal, most) = (mean(&settled), plant.highest(1.0 + (BUDGET - 1.0) * OURS), plant.highest(BUDGET));
+            let beyond = settled.iter().filter(|p| **p > (most * 1.25).max(FLOOR * 2.0)).count();
+            prop_assert!(beyond <= settled.len() / 4, "{beyond} of {} beyond {most}, {mean}", settled.len());
             prop_assert!(mean >= ideal * 0.3, "{mean} of {ideal}");
-            let turns = settled.windows(2).filter(|w| w[1] < w[0]).count();
-            prop_assert!(turns <= 40, "{turns} falls in ten minutes");
+            let far = settled.iter().filter(|p| **p < mean / 1.8 || **p > mean * 1.8).count();
+            prop_assert!(far <= settled.len() / 10, "{far} of {} are far from {mean}", settled.len());
         }
 
         /// What is slow for other reasons is slow between batches too.
@@ -369,9 +380,7 @@ mod tests {
         ) {
             let mut pacer = Pacer::default();
             for (others, beside, between, pressed, stopped) in steps {
-                let busy = beside / 10.0;
-                let seen =
-                    Seen { others, beside: vec![beside; 8], between: vec![between; 8], busy, pressed, stopped };
+                let seen = Seen { others, with: vec![beside; 8], without: vec![between; 8], pressed, stopped };
                 let pace = pacer.tick(seen, most, BUDGET);
                 prop_assert!(pace >= FLOOR.min(most) && pace <= most, "{pace}");
             }
@@ -386,7 +395,7 @@ mod tests {
             plant.harm = 9.0;
             plant.run(&mut pacer, 30);
             let during = pacer.pace();
-            prop_assert!(before > 0.3 && during <= 0.1, "{before} -> {during}");
+            prop_assert!(before > 0.3 && during <= 0.12, "{before} -> {during}");
             plant.harm = 0.05;
             plant.run(&mut pacer, 1200);
             prop_assert!(pacer.pace() > 0.3, "{before} -> {during} -> {}", pacer.pace());
@@ -427,24 +436,26 @@ mod tests {
     }
 
     #[test]
-    fn it_rises_fast_until_it_was_too_much_once() {
-        let (mut plant, mut pacer) = (Plant::new(1, 0.003, 0.0, 0.0), Pacer::default());
-        plant.run(&mut pacer, 240);
-        assert_eq!(pacer.pace(), MOST_BESIDE_OTHERS);
-        let pressed = Seen { others: true, pressed: true, ..Seen::default() };
-        let fell = pacer.tick(pressed, 1.0, BUDGET);
-        pacer.ceiling_ticks = 0;
-        let next = plant.run(&mut pacer, 200).into_iter().find(|p| *p > fell);
-        assert!(next.is_some_and(|p| p <= fell * RISE * 1.000_001), "{fell} -> {next:?}");
+    fn the_tail_is_where_the_slowest_hundredth_begins() {
+        // A hundredth of these is beyond the root of 10, by the definition of Pareto's distribution with a minimum of 1, exponent 4.
+        let mut pareto: Vec<f64> = (0..600).map(|i| (1.0 - (f64::from(i) + 0.5) / 600.0).powf(-0.25)).collect();
+        assert!((tail(&pareto) / 10f64.sqrt() - 1.0).abs() < 0.05, "{}", tail(&pareto));
+        pareto.extend([1e6; 20]);
+        assert!(tail(&pareto) < 3.0 * 2.1, "a few that stand alone change little: {}", tail(&pareto));
+        assert_eq!(tail(&[0.5; 50]), 0.5);
+        assert_eq!(tail(&[0.0; 50]), f64::MIN_POSITIVE);
     }
 
     #[test]
-    fn batches_are_short_until_the_pace_is_high() {
+    fn pieces_are_short_until_the_pace_is_high_and_then_there_is_one() {
         let target = Duration::from_millis(100);
-        assert_eq!(batch_target(1.0, target), target);
-        assert_eq!(batch_target(0.5, target), target / 32);
-        assert_eq!(batch_target(0.3, target), SHORTEST);
-        assert_eq!(batch_target(0.0, target), SHORTEST);
-        assert_eq!(batch_target(0.25, SHORTEST / 2), SHORTEST / 2);
+        let of = |pace, target| (batch_target(pace, target, true), pieces(pace, target));
+        assert_eq!(of(1.0, target), (target, 1));
+        assert_eq!(of(0.75, target), (target.mul_f64(0.75f64.powi(8)), 1));
+        assert_eq!(of(0.56, target), (SHORTEST * 4, 2));
+        assert_eq!(of(0.3, target), (SHORTEST * 4, 4));
+        assert_eq!(of(0.0, target), (SHORTEST * 4, 4));
+        assert_eq!(of(0.25, SHORTEST / 2), (SHORTEST / 2, 1));
+        assert_eq!(batch_target(0.3, target, false), SHORTEST * 2);
     }
 }

@@ -1,22 +1,23 @@
-//! The thread that feels what batches cost others: a small write, committed as the application commits, now beside a batch
-//! and now between two, and a look at who else works. From both the [`Pacer`] makes the pace.
+//! The thread that feels what batches cost others: a small transaction of several statements, as an application's is, at any
+//! moment, and now and then while batches keep still; and a look at who else works. From both the [`Pacer`] makes the pace.
 //!
-//! The batches' own commits do not wait for the disk, so they tell nothing. The write is an upsert of one row of ours, some
-//! times per second; nothing reads it, so it needs no fence.
+//! The batches' own commits do not wait for the disk, so they tell nothing. What is written is one row of ours; nothing else
+//! reads it, so it needs no fence.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rand::RngExt as _;
 use tokio::sync::watch;
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Statement};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::{debug, warn};
+use tracing::{debug, trace, warn};
 
-use super::pacing::{self, Pacer, Seen, TICK};
+use super::flight::{Flight, Flights, Still};
+use super::pacing::{Pacer, Seen, TICK};
 use super::probe::QUERY_TIMEOUT;
 use super::signal::Reading;
 use crate::context::Context;
@@ -25,15 +26,18 @@ use crate::job::throttle::{Pace, Throttle as Section};
 use crate::metrics;
 use crate::pg::connect::Session;
 
-/// Least time between two writes: at most ten small commits per second, which is little beside what an application commits.
-const SPACING: Duration = Duration::from_millis(100);
+/// From one transaction to the next, in milliseconds: ten per second, which is little beside what an application commits, and never in
+/// step with the batches.
+const SPACING_MS: std::ops::Range<u64> = 50..150;
 /// The same while nobody else works.
 const SPACING_ALONE: Duration = Duration::from_millis(250);
-/// How long the next write waits for a batch, or for its end. Where one batch takes long, the rest after it does too.
-const WAIT_FOR_MOMENT: Duration = Duration::from_millis(600);
-/// Shorter than this no timer sleeps.
-const TIMER: Duration = Duration::from_millis(2);
-/// Writes whose median is the signal `commit_latency`.
+/// One of so many finds batches keeping still; until enough is known of how others fare without them, one of two.
+const STILL_EVERY: u32 = 3;
+/// How long it waits for the batches that are in flight. Where one takes longer, it is felt at any moment.
+const WAIT_FOR_STILL: Duration = Duration::from_millis(100);
+/// What a round trip takes without a network, which is work of the server's and of ours.
+const LOCAL: Duration = Duration::from_micros(100);
+/// Transactions whose median is the signal `commit_latency`.
 const LAST: usize = 9;
 /// How often it is tried again when the connection is lost.
 const RETRY: Duration = Duration::from_secs(1);
@@ -45,6 +49,8 @@ pub(super) struct Pulse {
     pace: watch::Sender<f64>,
     /// The last commit times in seconds, when the last of them was, or why there is none.
     latest: Mutex<Latest>,
+    /// What a round trip takes at least, in microseconds.
+    trip: AtomicU64,
     pressed: AtomicBool,
     stopped: AtomicBool,
 }
@@ -58,49 +64,6 @@ struct Latest {
     failed: Option<String>,
 }
 
-/// A batch in flight; it has landed when this is dropped.
-pub struct Flight<'a> {
-    flights: &'a watch::Sender<Flights>,
-}
-
-impl Drop for Flight<'_> {
-    fn drop(&mut self) {
-        self.flights.send_modify(|f| f.change(f.now.saturating_sub(1)));
-    }
-}
-
-/// Batches in flight, and for how long there was one since this was last asked.
-struct Flights {
-    now: usize,
-    busy: Duration,
-    asked: Instant,
-    changed: Instant,
-    /// Since when there is one, without a moment in between.
-    since: Option<Instant>,
-}
-
-impl Flights {
-    fn new() -> Self {
-        Self { now: 0, busy: Duration::ZERO, asked: Instant::now(), changed: Instant::now(), since: None }
-    }
-
-    fn change(&mut self, now: usize) {
-        if self.now > 0 {
-            self.busy += self.changed.elapsed();
-        }
-        (self.now, self.changed) = (now, Instant::now());
-        self.since = if now > 0 { self.since.or(Some(self.changed)) } else { None };
-    }
-
-    /// Share of the time in which a batch was in flight, since this was last asked.
-    fn share(&mut self) -> f64 {
-        self.change(self.now);
-        let share = self.busy.as_secs_f64() / self.asked.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);
-        (self.busy, self.asked) = (Duration::ZERO, Instant::now());
-        share.min(1.0)
-    }
-}
-
 impl Pulse {
     pub(super) fn new(section: &Section) -> Self {
         let first = match section.pace {
@@ -111,19 +74,30 @@ impl Pulse {
             flights: watch::Sender::new(Flights::new()),
             pace: watch::Sender::new(first),
             latest: Mutex::default(),
+            trip: AtomicU64::new(0),
             pressed: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
         }
     }
 
-    pub(super) fn flight(&self) -> Flight<'_> {
-        self.flights.send_modify(|f| f.change(f.now + 1));
-        Flight { flights: &self.flights }
+    pub(super) async fn flight(&self) -> Flight<'_> {
+        Flight::begin(self).await
     }
 
-    /// For how long there has been a batch at every moment.
-    pub(super) fn flying_for(&self) -> Duration {
-        self.flights.borrow().since.map(|since| since.elapsed()).unwrap_or_default()
+    pub(super) fn flights(&self) -> &watch::Sender<Flights> {
+        &self.flights
+    }
+
+    /// How long the messages of a round trip are on their way, of which neither the server nor this process knows anything.
+    pub(super) fn travel(&self) -> Duration {
+        Duration::from_micros(self.trip.load(Ordering::Relaxed)).saturating_sub(LOCAL)
+    }
+
+    /// A round trip without work took so long. The shortest counts, and it may slowly become longer.
+    pub(super) fn travelled(&self, took: Duration) {
+        let took = took.as_micros() as u64;
+        let before = self.trip.load(Ordering::Relaxed);
+        self.trip.store(if before == 0 { took } else { took.min(before + before / 100 + 1) }, Ordering::Relaxed);
     }
 
     /// Share of time that a lane works.
@@ -251,64 +225,83 @@ async fn beat(ctx: &Context, session: &Session, pulse: &Pulse, pacer: &mut Pacer
         QUERY_TIMEOUT.as_millis()
     );
     session.client.batch_execute(&settings).await?;
-    let write = session
-        .client
-        .prepare(
-            "insert into backfilld.pulse (job, at) values ($1, clock_timestamp())
-             on conflict (job) do update set at = excluded.at",
-        )
-        .await?;
+    let felt = Transaction::prepare(&session.client).await?;
     let mut flights = pulse.flights.subscribe();
     let mut seen = Seen::default();
     let mut ticked = Instant::now();
-    let mut beside = false;
-    loop {
+    for turn in 0u32.. {
         let began = Instant::now();
-        beside = !beside;
-        // While nobody else works there is nothing to compare.
-        if pulse.has_begun() && pacer.beside_others() {
-            moment(&mut flights, beside, pacer.pace(), ctx).await;
-        }
-        let before = flights.borrow_and_update().now;
+        // While nobody else works, or the pace does not go by it, there is nothing to compare.
+        let compares = pulse.has_begun() && pacer.beside_others() && ctx.live.now().throttle.pace == Pace::Auto;
+        let every = if pacer.knows_enough() { STILL_EVERY } else { 2 };
+        let still = (compares && turn.is_multiple_of(every)).then(|| Still::keep(&pulse.flights));
+        let without = still.is_some()
+            && tokio::time::timeout(WAIT_FOR_STILL, flights.wait_for(|f| f.now == 0)).await.is_ok_and(|f| f.is_ok());
         let sent = Instant::now();
         pulse.sends();
-        let answer = tokio::time::timeout(QUERY_TIMEOUT * 2, session.client.execute(&write, &[&ctx.job()])).await;
-        answer.map_err(|_| Error::internal("the server does not answer"))??;
+        let answer = tokio::time::timeout(QUERY_TIMEOUT * 2, felt.run(&session.client, ctx.job())).await;
+        let begun = answer.map_err(|_| Error::internal("the server does not answer"))??;
         let took = sent.elapsed();
+        pulse.travelled(begun);
+        drop(still);
         pulse.measured(took);
-        let flew = before > 0 || flights.has_changed().unwrap_or(false);
-        if flew {
-            seen.beside.push(took.as_secs_f64())
+        trace!(job = ctx.job(), without, took_us = took.as_micros() as u64, "felt");
+        if without {
+            seen.without.push(took.as_secs_f64())
         } else {
-            seen.between.push(took.as_secs_f64())
+            seen.with.push(took.as_secs_f64())
         }
         if ticked.elapsed() >= TICK {
             ticked = Instant::now();
             seen.others = others(&session.client).await?;
             // Nobody has to look because of this.
             pulse.flights.send_if_modified(|f| {
-                seen.busy = f.share();
+                if f.share() == 0.0 {
+                    // There was nothing to feel.
+                    seen.with.clear();
+                }
                 false
             });
             seen.pressed = pulse.pressed.swap(false, Ordering::Relaxed);
             seen.stopped = pulse.stopped.load(Ordering::Relaxed);
             publish(ctx, pulse, pacer, std::mem::take(&mut seen));
         }
-        let spacing = if pacer.beside_others() { SPACING } else { SPACING_ALONE };
+        let spacing = if pacer.beside_others() {
+            Duration::from_millis(rand::rng().random_range(SPACING_MS))
+        } else {
+            SPACING_ALONE
+        };
         tokio::time::sleep(spacing.saturating_sub(began.elapsed())).await;
     }
+    Ok(())
 }
 
-/// Waits for a moment beside a batch, or between two; not for long, there may be none.
-async fn moment(flights: &mut watch::Receiver<Flights>, beside: bool, pace: f64, ctx: &Context) {
-    let there = tokio::time::timeout(WAIT_FOR_MOMENT, flights.wait_for(|f| (f.now > 0) == beside)).await.is_ok();
-    if beside && there {
-        // Somewhere in it, as the application comes: a write that always comes at the beginning sees one part only.
-        let batch = pacing::batch_target(pace, ctx.live.now().batching.target_duration);
-        let into = batch.mul_f64(rand::rng().random_range(0.0..0.9));
-        if into >= TIMER {
-            tokio::time::sleep(into).await;
-        }
+/// What an application's request does, each statement with its own round trip: what makes it slow is often that it has to get a core
+/// for each of them.
+struct Transaction {
+    read: Statement,
+    write: Statement,
+}
+
+impl Transaction {
+    async fn prepare(client: &Client) -> Result<Self> {
+        let write = "insert into backfilld.pulse (job, at) values ($1, clock_timestamp())
+                     on conflict (job) do update set at = excluded.at";
+        Ok(Self {
+            read: client.prepare("select at::text from backfilld.pulse where job = $1").await?,
+            write: client.prepare(write).await?,
+        })
+    }
+
+    /// Gives how long the first round trip took, for which there is nothing to do.
+    async fn run(&self, client: &Client, job: &str) -> Result<Duration> {
+        let sent = Instant::now();
+        client.batch_execute("begin").await?;
+        let begun = sent.elapsed();
+        client.query_opt(&self.read, &[&job]).await?;
+        client.execute(&self.write, &[&job]).await?;
+        client.batch_execute("commit").await?;
+        Ok(begun)
     }
 }
 

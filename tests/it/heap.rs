@@ -19,7 +19,7 @@ async fn killed_half_way(template: Template) -> (JobDir, TestDb, Ledger) {
     (job, db, ledger)
 }
 
-async fn sweeps(ledger: &Ledger) -> i64 {
+pub async fn sweeps(ledger: &Ledger) -> i64 {
     ledger.number("select count(*) from backfilld.event where kind = 'heap_sweep'").await
 }
 

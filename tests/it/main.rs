@@ -27,6 +27,7 @@ mod lint;
 mod logs;
 mod mutations;
 mod page;
+mod pieces;
 mod pooler;
 mod preflight;
 mod proof;

@@ -1,0 +1,213 @@
+//! Batches in flight: what others can feel of them, and when they keep still.
+//!
+//! A short batch works in pieces with rests in between, in which its transaction stays open. Only a piece is in flight.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::pacing;
+use super::pulse::Pulse;
+use super::rest;
+use crate::context::Context;
+use crate::job::throttle::Pace;
+
+/// For how long a transaction may rest between its pieces, begin to end: what it has locked stays locked meanwhile. Together with
+/// [`LONGEST_STILL`] less than the time after which somebody looks who waits for such locks.
+const LONGEST_OPEN: Duration = Duration::from_millis(20);
+/// How long batches keep still at most while it is measured how others fare without them.
+const LONGEST_STILL: Duration = Duration::from_millis(20);
+
+/// Pieces of batches in flight, of all lanes.
+pub(super) struct Flights {
+    pub(super) now: usize,
+    busy: Duration,
+    asked: Instant,
+    changed: Instant,
+    /// Since when there is one, without a moment in between.
+    since: Option<Instant>,
+    /// None may begin.
+    still: bool,
+}
+
+impl Flights {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self { now: 0, busy: Duration::ZERO, asked: now, changed: now, since: None, still: false }
+    }
+
+    fn change(&mut self, now: usize) {
+        if self.now > 0 {
+            self.busy += self.changed.elapsed();
+        }
+        (self.now, self.changed) = (now, Instant::now());
+        self.since = if now > 0 { self.since.or(Some(self.changed)) } else { None };
+    }
+
+    /// For how long there has been one at every moment.
+    pub(super) fn flying_for(&self) -> Duration {
+        self.since.map(|since| since.elapsed()).unwrap_or_default()
+    }
+
+    /// Share of the time in which there was one, since this was last asked.
+    pub(super) fn share(&mut self) -> f64 {
+        self.change(self.now);
+        let share = self.busy.as_secs_f64() / self.asked.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);
+        (self.busy, self.asked) = (Duration::ZERO, Instant::now());
+        share.min(1.0)
+    }
+}
+
+/// No piece begins until this is dropped, or for [`LONGEST_STILL`].
+pub(super) struct Still<'a>(&'a watch::Sender<Flights>);
+
+impl<'a> Still<'a> {
+    pub(super) fn keep(flights: &'a watch::Sender<Flights>) -> Self {
+        flights.send_modify(|f| f.still = true);
+        Self(flights)
+    }
+}
+
+impl Drop for Still<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|f| f.still = false);
+    }
+}
+
+/// A batch; it has landed when this is dropped.
+pub struct Flight<'a> {
+    pulse: &'a Pulse,
+    began: Instant,
+    /// When the piece in flight began.
+    piece: Instant,
+    /// Round trips since then.
+    trips: u32,
+    /// Before that.
+    worked: Duration,
+    flying: bool,
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        self.land();
+    }
+}
+
+impl<'a> Flight<'a> {
+    pub(super) async fn begin(pulse: &'a Pulse) -> Self {
+        let now = Instant::now();
+        let mut flight = Self { pulse, began: now, piece: now, trips: 0, worked: Duration::ZERO, flying: false };
+        flight.take_off().await;
+        flight.began = flight.piece;
+        flight
+    }
+
+    /// A round trip is over. Nobody works while messages travel.
+    pub fn trip(&mut self) {
+        self.trips += 1;
+    }
+
+    /// For how long it has been under way.
+    pub fn took(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// How long it has worked, without its rests.
+    pub fn worked(&self) -> Duration {
+        self.worked + self.worked_last()
+    }
+
+    /// How long it has worked since its last rest.
+    pub fn worked_last(&self) -> Duration {
+        self.piece.elapsed().saturating_sub(self.pulse.travel() * self.trips)
+    }
+
+    /// How many pieces it had best be made of.
+    pub fn pieces(&self, ctx: &Context) -> u32 {
+        let live = ctx.live.now();
+        match live.throttle.pace {
+            Pace::Auto => pacing::pieces(*self.pulse.pace().borrow(), live.batching.target_duration),
+            Pace::Constant => 1,
+        }
+    }
+
+    /// Rests before the next piece, as after a batch that took as long as the last one. Gives whether there should be one: not
+    /// when the transaction would be open for too long, or somebody wants this process to end.
+    pub async fn rest(&mut self, ctx: &Context) -> bool {
+        let rest = rest(&ctx.live.now(), *self.pulse.pace().borrow(), self.worked_last());
+        if self.began.elapsed() + rest > LONGEST_OPEN.min(ctx.live.now().batching.target_duration) {
+            return false;
+        }
+        self.worked = self.worked();
+        self.land();
+        let stopping = tokio::select! {
+            () = tokio::time::sleep(rest) => false,
+            () = ctx.stopping() => true,
+        };
+        self.take_off().await;
+        !stopping
+    }
+
+    async fn take_off(&mut self) {
+        let flights = self.pulse.flights();
+        if flights.borrow().still {
+            let _ = tokio::time::timeout(LONGEST_STILL, flights.subscribe().wait_for(|f| !f.still)).await;
+        }
+        flights.send_modify(|f| f.change(f.now + 1));
+        self.piece = Instant::now();
+        self.trips = 0;
+        self.flying = true;
+    }
+
+    fn land(&mut self) {
+        if std::mem::take(&mut self.flying) {
+            self.pulse.flights().send_modify(|f| f.change(f.now.saturating_sub(1)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use super::*;
+    use crate::job::throttle::Throttle;
+
+    #[tokio::test]
+    async fn no_batch_begins_while_they_are_to_keep_still() {
+        let pulse = Pulse::new(&Throttle::default());
+        drop(Flight::begin(&pulse).await);
+        let still = Still::keep(pulse.flights());
+        let mut waits = pin!(Flight::begin(&pulse));
+        tokio::select! {
+            biased;
+            _ = &mut waits => panic!("it does not keep still"),
+            () = std::future::ready(()) => {}
+        }
+        drop(still);
+        let flight = waits.await;
+        assert_eq!(pulse.flights().borrow().now, 1);
+        drop(flight);
+        assert_eq!(pulse.flights().borrow().now, 0);
+    }
+
+    #[tokio::test]
+    async fn what_messages_take_on_their_way_is_not_work() {
+        let pulse = Pulse::new(&Throttle::default());
+        let mut flight = Flight::begin(&pulse).await;
+        flight.piece = Instant::now().checked_sub(Duration::from_secs(60)).expect("some time ago");
+        assert!(flight.worked() >= Duration::from_secs(60));
+        pulse.travelled(Duration::from_secs(20));
+        flight.trip();
+        flight.trip();
+        assert!((20..30).contains(&flight.worked().as_secs()), "{:?}", flight.worked());
+        flight.trip();
+        flight.trip();
+        assert_eq!(flight.worked(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_transaction_ends_before_somebody_looks_who_waits_for_its_locks() {
+        assert!(LONGEST_OPEN + LONGEST_STILL < crate::throttle::blocking::EVERY);
+    }
+}
