@@ -152,7 +152,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The daemon waits for the server nearly all the time, and a batch of a millisecond hands on a dozen messages between its
+/// The daemon waits for the server nearly all the time, and a short batch hands on a dozen messages between its
 /// tasks: on one thread that costs it half the CPU time that it does on three, which wake each other for each of them. Nothing in
 /// it may compute for long, or the heartbeat would wait.
 fn runtime(command: &Command) -> std::io::Result<tokio::runtime::Runtime> {
