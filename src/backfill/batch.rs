@@ -1,6 +1,6 @@
 //! One batch: a bounded piece of rows and its checkpoint in one fenced transaction (I4).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, GenericClient, Statement};
@@ -16,6 +16,7 @@ use crate::pg::connect::Session;
 use crate::phase::Status;
 use crate::plan::steps::Walk;
 use crate::plan::{Shape, batch_sql};
+use crate::throttle::Flight;
 
 /// What became of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,11 +127,12 @@ pub async fn run(
     statements: &mut Statements,
     checkpoint: &mut Checkpoint,
     rows: u32,
+    flight: &mut Flight<'_>,
     next_rows: impl FnOnce(u32, Duration) -> u32,
 ) -> std::result::Result<Batch, Failed> {
     let Some(upper) = checkpoint.upper.clone() else { return finish(ctx, session, statements, checkpoint).await };
-    let began = Instant::now();
     let tx = session.client.transaction().await?;
+    flight.trip();
     let after = usize::from(checkpoint.cursor.is_some());
     let limit = i64::from(rows);
     let bound: Vec<&(dyn ToSql + Sync)> = std::iter::once(&limit as &(dyn ToSql + Sync))
@@ -142,6 +144,7 @@ pub async fn run(
     // Both statements go out together: one round trip.
     let (status, bound) =
         tokio::join!(tx.query_opt(&statements.fence, &fence), tx.query_opt(&statements.bound[after], &bound));
+    flight.trip();
     let fenced = status?.ok_or_else(|| lease::lost(ctx.job()))?;
     let status: String = fenced.get(0);
     ctx.live.saw(fenced.get(1));
@@ -161,23 +164,27 @@ pub async fn run(
     let target = &ctx.facts.shape.target;
     statements.plan_check.look(&tx, Walk::Keyset, target, &statements.fill_sql[after], &range).await?;
     let updated = tx.execute(&statements.fill[after], &range).await.map_err(failed)?;
+    flight.trip();
     if let Some(recheck) = &statements.recheck {
         tx.execute(&recheck[after], &range).await.map_err(failed)?;
+        flight.trip();
     }
-    let next = next_rows(scanned, began.elapsed()) as i32;
+    let next = next_rows(scanned, flight.worked()) as i32;
     let (done_scanned, done_updated) = (i64::from(scanned), updated as i64);
     let advance: [&(dyn ToSql + Sync); 7] = [&ctx.spec.name, &0i32, &last, &done_scanned, &done_updated, &next, &false];
     fault::point("before-checkpoint");
     tx.execute(&statements.advance, &advance).await?;
+    flight.trip();
     fault::point("before-commit");
     tx.commit().await?;
+    flight.trip();
     fault::point("after-commit");
     checkpoint.cursor = Some(last.clone());
     checkpoint.rows_scanned += done_scanned;
     checkpoint.rows_updated += done_updated;
     checkpoint.batches += 1;
     checkpoint.batch_rows = next;
-    Ok(Batch::Committed { units: scanned, scanned, updated: updated as u32, took: began.elapsed() })
+    Ok(Batch::Committed { units: scanned, scanned, updated: updated as u32, took: flight.took() })
 }
 
 async fn finish(

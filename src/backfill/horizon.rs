@@ -1,7 +1,9 @@
 //! Who keeps dead row versions from being pruned.
 //!
 //! A version can be removed once no snapshot is older than its deletion. A long transaction, a prepared transaction, a
-//! replication slot with `xmin` or a standby with `hot_standby_feedback` that holds an old one keeps all of them.
+//! replication slot with `xmin` or a standby with `hot_standby_feedback` that holds an old one keeps all of them; so does a transaction
+//! that has written and is idle now, which has an id and no snapshot. A vacuum's snapshot does not count (`ComputeXidHorizons` in the
+//! server's `procarray.c`).
 
 use tokio_postgres::Client;
 
@@ -28,9 +30,10 @@ pub async fn holder(client: &Client, xid: &str) -> Result<Option<Holder>> {
                       'session ' || a.pid || ' of ' || coalesce(a.usename::text, a.backend_type, 'unknown')
                         || coalesce(' (' || nullif(a.application_name, '') || ')', '')
                         || coalesce(', transaction since ' || date_trunc('second', a.xact_start)::text, '') as what,
-                      age(a.backend_xmin) as age
+                      greatest(age(a.backend_xmin), age(a.backend_xid)) as age
                from pg_stat_activity a
-               where a.pid <> pg_backend_pid() and a.backend_xmin is not null
+               where a.pid <> pg_backend_pid() and (a.backend_xmin is not null or a.backend_xid is not null)
+                 and not exists (select from pg_stat_progress_vacuum v where v.pid = a.pid)
                  and (a.datname = current_database() or a.datname is null)
                union all
                select 'slot ' || s.slot_name, 'replication slot ' || s.slot_name || case when s.active then '' else ', which nobody reads' end,

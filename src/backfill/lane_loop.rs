@@ -57,7 +57,7 @@ impl<'a> Loop<'a> {
         Self {
             lane,
             team,
-            // The stored size was found at a pace such as this one.
+            // The stored size was found with a target of this sort, if not always at this pace.
             sizer: Sizer::new(team.throttle.batch_target(ctx, team.pages.is_some()), least, most, first),
             target: Duration::ZERO,
             isolating: None,
@@ -103,6 +103,7 @@ impl<'a> Loop<'a> {
             batch::note(span, &ended);
             match ended {
                 Ok(Batch::Committed { scanned, updated, took, .. }) => {
+                    walk.look_for_holder(ctx, session).await?;
                     let ratio = walk.ratio(checkpoint);
                     self.committed(ctx, session, checkpoint, ratio, [scanned, updated], took).await?;
                     self.team.throttle.rest(ctx, worked).await?;
@@ -120,7 +121,14 @@ impl<'a> Loop<'a> {
                 }
                 Ok(Batch::NotRunning) => return Ok(LaneEnd::NotRunning),
                 Ok(Batch::Rewritten) => return Ok(LaneEnd::Rewritten),
-                Err(failed) => self.failed(ctx, session, walk, checkpoint, failed).await?,
+                Err(failed) => {
+                    // Who waited for a lock did not work.
+                    let rests = failed.error.retry() == Retry::Never;
+                    self.failed(ctx, session, walk, checkpoint, failed).await?;
+                    if rests {
+                        self.team.throttle.rest(ctx, worked).await?;
+                    }
+                }
             }
         }
     }
@@ -252,7 +260,9 @@ impl<'a> Loop<'a> {
                 Some((key, 1)) => {
                     let flight = self.team.throttle.flight().await;
                     walk.set_aside(ctx, session, checkpoint, &key, &error).await?;
+                    let worked = flight.worked_last();
                     drop(flight);
+                    self.team.throttle.rest(ctx, worked).await?;
                     let total = checkpoint::quarantined(&session.client, ctx.job()).await?;
                     metrics::quarantined(ctx.job(), total as u64);
                     ctx.progress.update(|p| p.quarantined = total);

@@ -12,6 +12,7 @@ mod heap_statements;
 pub mod horizon;
 mod lane_loop;
 pub mod plan_check;
+mod pruning;
 pub mod session;
 pub mod settle;
 pub mod sizer;
@@ -23,18 +24,19 @@ pub mod walk;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 pub(crate) use self::lane_loop::is_about_a_row;
 use self::lane_loop::{LaneEnd, Loop};
 use self::session::connect;
 use self::team::Team;
 use crate::context::{Context, Outcome};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Retry};
 use crate::ledger::checkpoint::{self, Checkpoint};
 use crate::ledger::{event, lease};
 use crate::metrics;
 use crate::pg::connect::Session;
+use crate::phase::Status;
 use crate::plan::batch_sql;
 use crate::progress;
 
@@ -46,41 +48,66 @@ const OUTLOOK_EVERY: Duration = Duration::from_secs(1);
 /// # Errors
 /// Lease lost, interrupted, connection lost; failed if rows cannot be updated and it is not for a retry to mend.
 pub async fn run(ctx: &Context) -> Result<Outcome> {
+    let mut retries = 0;
     loop {
-        let mut session = connect(ctx).await?;
-        let checkpoint = start(ctx, &mut session).await?;
-        let mut lanes = walk::lanes(ctx, session, checkpoint).await?;
-        let team = Team::new(ctx, &lanes);
-        let members = &team;
-        ctx.progress.update(|p| p.lanes.clear());
-        let runs = lanes.iter_mut().enumerate().map(|(i, lane)| async move {
-            let limits = lane.walk.limits(ctx, &lane.checkpoint);
-            let end = Loop::new(ctx, limits, i, members).run(ctx, lane).await;
-            if !matches!(end, Ok(LaneEnd::Complete)) {
-                // The others end behind their batch.
-                members.stop.cancel();
+        match sweep_on(ctx).await {
+            Ok(Some(outcome)) => return Ok(outcome),
+            Ok(None) => retries = 0,
+            // Somebody's lock, met outside of a batch: it will go.
+            Err(e) if e.retry() == Retry::Smaller => {
+                retries += 1;
+                metrics::retry(ctx.job(), e.sqlstate());
+                warn!(
+                    job = ctx.job(),
+                    sqlstate = e.sqlstate(),
+                    retries,
+                    "going on at the checkpoint in a moment: {}",
+                    e.line()
+                );
+                ctx.progress.update(|p| p.note = format!("retrying after {}", e.sqlstate().unwrap_or_default()));
+                ctx.pause(lane_loop::backoff(retries)).await?;
+                if ctx.status().await? != Status::Running {
+                    return Ok(Outcome::StatusChanged);
+                }
             }
-            end
-        });
-        let over = CancellationToken::new();
-        let all = async {
-            let ends = futures_util::future::join_all(runs).await;
-            over.cancel();
-            ends
-        };
-        let ends = tokio::select! {
-            (ends, ()) = async { tokio::join!(all, growth::keep(ctx, members, &over)) } => ends,
-            never = show_outlook(ctx, members) => match never {},
-        };
-        outlook(ctx, members);
-        let ends = ends.into_iter().collect::<Result<Vec<_>>>()?;
-        if ends.contains(&LaneEnd::NotRunning) {
-            return Ok(Outcome::StatusChanged);
-        }
-        if !ends.contains(&LaneEnd::Rewritten) {
-            return Ok(Outcome::Complete);
+            Err(e) => return Err(e),
         }
     }
+}
+
+/// Goes on with the sweep, or begins it. `None`: the table was rewritten, so it begins anew.
+async fn sweep_on(ctx: &Context) -> Result<Option<Outcome>> {
+    let mut session = connect(ctx).await?;
+    let checkpoint = start(ctx, &mut session).await?;
+    let mut lanes = walk::lanes(ctx, session, checkpoint).await?;
+    let team = Team::new(ctx, &lanes);
+    let members = &team;
+    ctx.progress.update(|p| p.lanes.clear());
+    let runs = lanes.iter_mut().enumerate().map(|(i, lane)| async move {
+        let limits = lane.walk.limits(ctx, &lane.checkpoint);
+        let end = Loop::new(ctx, limits, i, members).run(ctx, lane).await;
+        if !matches!(end, Ok(LaneEnd::Complete)) {
+            // The others end behind their batch.
+            members.stop.cancel();
+        }
+        end
+    });
+    let over = CancellationToken::new();
+    let all = async {
+        let ends = futures_util::future::join_all(runs).await;
+        over.cancel();
+        ends
+    };
+    let ends = tokio::select! {
+        (ends, ()) = async { tokio::join!(all, growth::keep(ctx, members, &over)) } => ends,
+        never = show_outlook(ctx, members) => match never {},
+    };
+    outlook(ctx, members);
+    let ends = ends.into_iter().collect::<Result<Vec<_>>>()?;
+    if ends.contains(&LaneEnd::NotRunning) {
+        return Ok(Some(Outcome::StatusChanged));
+    }
+    Ok((!ends.contains(&LaneEnd::Rewritten)).then_some(Outcome::Complete))
 }
 
 /// Shows how far the sweep is and how long it will take, again and again, whether batches run or wait.

@@ -108,8 +108,19 @@ impl Walk {
         next: impl FnOnce(u32, Duration) -> u32,
     ) -> std::result::Result<Batch, Failed> {
         match self {
-            Self::Keyset(statements) => batch::run(ctx, session, statements, checkpoint, size, next).await,
+            Self::Keyset(statements) => batch::run(ctx, session, statements, checkpoint, size, flight, next).await,
             Self::Heap(walk) => walk.batch(ctx, session, checkpoint, size, flight, next).await,
+        }
+    }
+
+    /// Behind a batch, with nothing in flight: see [`HeapWalk::look_for_holder`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn look_for_holder(&mut self, ctx: &Context, session: &Session) -> Result<()> {
+        match self {
+            Self::Keyset(_) => Ok(()),
+            Self::Heap(walk) => walk.look_for_holder(ctx, session).await,
         }
     }
 

@@ -16,9 +16,10 @@ pub const SLICE: &str = "t.ctid >= ($1::text)::tid and t.ctid < ($2::text)::tid 
 /// One row, by its TID (`text`).
 pub const ROW: &str = "t.ctid = ($1::text)::tid";
 
-/// Fills a slice.
+/// Fills a slice, in a transaction that has the fence. It is sent without waiting for the answers to `begin` and to the fence, which
+/// locks a row and so has a transaction id: where either of them failed, it does nothing, even outside of a transaction.
 pub fn fill(shape: &Shape) -> String {
-    batch_sql::fill(shape, SLICE)
+    batch_sql::fill(shape, &format!("{SLICE} and pg_current_xact_id_if_assigned() is not null"))
 }
 
 /// The pages of a chunk, as a condition on `t`. Parameters: first page and page behind the last as TIDs (`text`).

@@ -46,7 +46,7 @@ fn cannot_see(signal: &str, sessions: i64) -> Reading {
 }
 
 /// The oldest transaction that keeps dead rows of this database from being removed: one with a snapshot or a transaction
-/// id, or a prepared one.
+/// id, or a prepared one. A vacuum's does not count for the server.
 ///
 /// # Errors
 /// What the server says.
@@ -60,7 +60,8 @@ pub async fn oldest_transaction(client: &Client, t: &Throttle) -> Result<Reading
                    from pg_stat_activity a
                    where a.datname = current_database() and a.pid <> pg_backend_pid()
                      and (a.query = $1 or a.backend_type = 'client backend'
-                          and (a.backend_xmin is not null or a.backend_xid is not null))
+                          and (a.backend_xmin is not null or a.backend_xid is not null)
+                          and not exists (select from pg_stat_progress_vacuum v where v.pid = a.pid))
                    union all
                    select 'prepared transaction ' || p.gid, p.prepared, false
                    from pg_prepared_xacts p where p.database = current_database()) o

@@ -196,3 +196,24 @@ async fn a_batch_that_would_read_a_whole_table_is_refused_before_it_runs() {
     Cli::new(&db).run(&["resume", JOB]).await.expect(0, "");
     Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(0, "done");
 }
+
+#[tokio::test]
+async fn a_lock_met_outside_of_a_batch_is_waited_for() {
+    for job in [JobDir::shipped(), JobDir::heap()] {
+        job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
+        let db = TestDb::new(Template::Rows(200)).await;
+        let mut daemon = Local::start(&db, job.spec(), false, &[]);
+        let ledger = Ledger::new(&db).await;
+        wait_until("it is held", async || {
+            ledger.is("select to_regclass('backfilld.job') is not null").await && ledger.status().await == "held"
+        })
+        .await;
+        let app = db.session("app", APP_OWNER).await;
+        app.run("begin; lock table public.messages in access exclusive mode").await;
+        Cli::new(&db).run(&["cutover", JOB]).await.expect(0, "");
+        wait_note(&daemon, "retrying after 55P03").await;
+        app.run("commit").await;
+        ledger.wait_status("done").await;
+        daemon.stop().await;
+    }
+}

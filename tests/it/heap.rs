@@ -4,9 +4,10 @@ use crate::killed::{ROWS, checkpoint_is_right, is_complete, run_through};
 use backfilld::backfill::wal;
 use backfilld::demo::sample::{APP_OWNER, DAEMON};
 use backfilld::job::spec::WalCompression;
-use backfilld::plan::{heap_sql, rounds};
+use backfilld::phase::Status;
+use backfilld::plan::{Facts, heap_sql, rounds};
 
-use crate::support::{Cli, JOB, JobDir, Ledger, Template, TestDb, has_version, wait_until};
+use crate::support::{Cli, JOB, JobDir, Ledger, Local, Template, TestDb, has_version, wait_until};
 
 /// A daemon that was killed after its first batches, in the middle of the rounds of its only window.
 async fn killed_half_way(template: Template) -> (JobDir, TestDb, Ledger) {
@@ -198,7 +199,14 @@ async fn a_value_whose_source_became_null_meanwhile_is_taken_back_before_the_fli
         .await
         .expect("exempt from the trigger");
     assert_eq!((planted as i64, planted > 0), (ledger.drift().await, true));
-    dedicated().run(&["run", "--once", job.path()]).await.expect(0, "done");
+    // The proof before it only reads, so a limit for writes does not stop that.
+    Cli::new(&db).run(&["tune", JOB, "xid_age=1"]).await.expect(0, "");
+    let mut daemon = Local::start(&db, job.spec(), true, &[("database.dedicated_login", "true")]);
+    let note = async || daemon.daemon.progress.now().note;
+    wait_until("it waits like a batch", async || note().await.contains("waiting: xid_age")).await;
+    assert_eq!(ledger.drift().await, planted as i64);
+    Cli::new(&db).run(&["tune", JOB, "--reset", "xid_age"]).await.expect(0, "");
+    assert_eq!(daemon.ended().await.expect("it ends"), Status::Done);
     assert_eq!(ledger.drift().await, 0);
     let settled =
         ledger.number("select sum((detail ->> 'rows')::int8)::int8 from backfilld.event where kind = 'settled'");
@@ -233,43 +241,6 @@ async fn several_lanes_begin_anew_together_when_the_table_is_rewritten() {
     daemon.ended().await.expect(0, "the table was rewritten");
     assert_eq!(sweeps(&ledger).await, 2);
     is_complete(&db, &ledger).await;
-}
-
-/// The reader holds a snapshot, but no lock on the target.
-#[tokio::test]
-async fn an_old_snapshot_is_named_and_waited_for() {
-    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(6000)).await);
-    let ledger = Ledger::new(&db).await;
-    let reader = db.session("nightly report", APP_OWNER).await;
-    reader.run("begin isolation level repeatable read; select count(*) from public.users").await;
-    let daemon = Cli::new(&db).start(&["run", "--once", job.path()]);
-    let waits = "select count(*) > 0 from pg_stat_activity where datname = current_database()
-                   and application_name like '%batch%' and state = 'idle'
-                   and state_change < clock_timestamp() - interval '300 ms'";
-    wait_until("it waits between batches", async || ledger.is(waits).await).await;
-    reader.run("commit").await;
-    let ended = daemon.ended().await;
-    ended.expect(0, &format!("because of session {} of app_owner", reader.pid()));
-    assert!(ended.stderr.contains("the old snapshot is gone"), "{}", ended.stderr);
-    is_complete(&db, &ledger).await;
-}
-
-#[tokio::test]
-async fn a_snapshot_that_stays_is_not_waited_for_for_ever() {
-    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(6000)).await);
-    job.replace("strategy = \"heap\"", "strategy = \"heap\"\nhorizon_wait = \"0s\"");
-    job.replace("[target]", "hold_before = [\"constrain\"]\n[target]");
-    let ledger = Ledger::new(&db).await;
-    let reader = db.session("nightly report", APP_OWNER).await;
-    reader.run("begin isolation level repeatable read; select count(*) from public.users").await;
-    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(5, "constrain");
-    let named = format!(
-        "select detail ->> 'holder' like 'session {} of app_owner%' from backfilld.event where kind = 'horizon'",
-        reader.pid()
-    );
-    assert!(ledger.is(&named).await);
-    assert_eq!(ledger.unfilled().await, 0);
-    reader.run("commit").await;
 }
 
 #[tokio::test]
@@ -371,4 +342,25 @@ async fn wal_of_batches_is_compressed_where_the_login_may() {
     assert_eq!(now(&other).await, "off");
     let refused = wal::compress(&other, "job", WalCompression::Pglz).await.expect_err("no right");
     assert!(refused.render().contains("grant set on parameter wal_compression"), "{}", refused.render());
+}
+
+/// `begin` can be cancelled, and what was sent behind it runs all the same.
+#[tokio::test]
+async fn a_batch_outside_of_a_transaction_fills_nothing() {
+    let (job, db) = (JobDir::heap(), TestDb::new(Template::Rows(200)).await);
+    job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
+    Cli::new(&db).run(&["run", "--once", job.path()]).await.expect(5, "hold point before backfill");
+    let client = db.client(DAEMON).await;
+    let facts = Facts::read(&client, &job.spec(), false).await.expect("facts");
+    let fill = client.prepare(&heap_sql::fill(&facts.shape)).await.expect("it can be prepared");
+    let fill = async || client.execute(&fill, &[&"(0,0)", &"(1000,0)", &1i32, &0i32]).await.expect("it runs");
+    assert_eq!(fill().await, 0);
+    client.batch_execute("begin").await.expect("begin");
+    assert_eq!(fill().await, 0, "without the fence");
+    client.batch_execute("select from backfilld.job for key share").await.expect("a lock as the fence's");
+    assert_eq!(
+        fill().await,
+        200 - Ledger::new(&db).await.number("select count(auth_user_id) from public.messages").await as u64
+    );
+    client.batch_execute("rollback").await.expect("rollback");
 }

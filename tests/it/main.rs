@@ -31,6 +31,7 @@ mod pieces;
 mod pooler;
 mod preflight;
 mod proof;
+mod pruning;
 mod quarantine;
 mod report;
 mod rollback;
