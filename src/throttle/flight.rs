@@ -12,28 +12,29 @@ use super::rest;
 use crate::context::Context;
 use crate::job::throttle::Pace;
 
-/// For how long a transaction may rest between its pieces, begin to end: what it has locked stays locked meanwhile. Together with
-/// [`LONGEST_STILL`] less than the time after which somebody looks who waits for such locks.
+/// For how long a transaction may rest between its pieces, begin to end: what it has locked stays locked meanwhile. Less than the
+/// time after which somebody looks who waits for such locks.
 const LONGEST_OPEN: Duration = Duration::from_millis(20);
-/// How long batches keep still at most while it is measured how others fare without them.
-const LONGEST_STILL: Duration = Duration::from_millis(20);
 
-/// Pieces of batches in flight, of all lanes.
+/// Batches of all lanes, and which of them are in flight.
 pub(super) struct Flights {
-    pub(super) now: usize,
+    /// Batches under way, resting ones too.
+    pub(super) open: usize,
+    /// Pieces in flight.
+    now: usize,
     busy: Duration,
     asked: Instant,
     changed: Instant,
     /// Since when there is one, without a moment in between.
     since: Option<Instant>,
-    /// None may begin.
+    /// No batch may begin, and those under way are to end.
     still: bool,
 }
 
 impl Flights {
     pub(super) fn new() -> Self {
         let now = Instant::now();
-        Self { now: 0, busy: Duration::ZERO, asked: now, changed: now, since: None, still: false }
+        Self { open: 0, now: 0, busy: Duration::ZERO, asked: now, changed: now, since: None, still: false }
     }
 
     fn change(&mut self, now: usize) {
@@ -58,7 +59,7 @@ impl Flights {
     }
 }
 
-/// No piece begins until this is dropped, or for [`LONGEST_STILL`].
+/// Batches under way end without a further rest, and none begins until this is dropped. Who holds it does not do so for long.
 pub(super) struct Still<'a>(&'a watch::Sender<Flights>);
 
 impl<'a> Still<'a> {
@@ -90,15 +91,23 @@ pub struct Flight<'a> {
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
         self.land();
+        self.pulse.flights().send_modify(|f| f.open -= 1);
     }
 }
 
 impl<'a> Flight<'a> {
     pub(super) async fn begin(pulse: &'a Pulse) -> Self {
+        let flights = pulse.flights();
+        // To look and to begin is one step, or somebody could come between who asks batches to keep still.
+        while !flights.send_if_modified(|f| {
+            f.open += usize::from(!f.still);
+            !f.still
+        }) {
+            let _ = flights.subscribe().wait_for(|f| !f.still).await;
+        }
         let now = Instant::now();
         let mut flight = Self { pulse, began: now, piece: now, trips: 0, worked: Duration::ZERO, flying: false };
-        flight.take_off().await;
-        flight.began = flight.piece;
+        flight.take_off();
         flight
     }
 
@@ -132,7 +141,7 @@ impl<'a> Flight<'a> {
     }
 
     /// Rests before the next piece, as after a batch that took as long as the last one. Gives whether there should be one: not
-    /// when the transaction would be open for too long, or somebody wants this process to end.
+    /// when the transaction would be open for too long, batches are to keep still, or somebody wants this process to end.
     pub async fn rest(&mut self, ctx: &Context) -> bool {
         let rest = rest(&ctx.live.now(), *self.pulse.pace().borrow(), self.worked_last());
         if self.began.elapsed() + rest > LONGEST_OPEN.min(ctx.live.now().batching.target_duration) {
@@ -140,20 +149,18 @@ impl<'a> Flight<'a> {
         }
         self.worked = self.worked();
         self.land();
-        let stopping = tokio::select! {
-            () = tokio::time::sleep(rest) => false,
-            () = ctx.stopping() => true,
+        let mut flights = self.pulse.flights().subscribe();
+        let rested = tokio::select! {
+            () = tokio::time::sleep(rest) => true,
+            _ = flights.wait_for(|f| f.still) => false,
+            () = ctx.stopping() => false,
         };
-        self.take_off().await;
-        !stopping
+        self.take_off();
+        rested
     }
 
-    async fn take_off(&mut self) {
-        let flights = self.pulse.flights();
-        if flights.borrow().still {
-            let _ = tokio::time::timeout(LONGEST_STILL, flights.subscribe().wait_for(|f| !f.still)).await;
-        }
-        flights.send_modify(|f| f.change(f.now + 1));
+    fn take_off(&mut self) {
+        self.pulse.flights().send_modify(|f| f.change(f.now + 1));
         self.piece = Instant::now();
         self.trips = 0;
         self.flying = true;
@@ -184,11 +191,17 @@ mod tests {
             _ = &mut waits => panic!("it does not keep still"),
             () = std::future::ready(()) => {}
         }
+        let count = || (pulse.flights().borrow().open, pulse.flights().borrow().now);
+        assert_eq!(count(), (0, 0));
         drop(still);
-        let flight = waits.await;
-        assert_eq!(pulse.flights().borrow().now, 1);
+        let mut flight = waits.await;
+        assert_eq!(count(), (1, 1));
+        flight.land();
+        assert_eq!(count(), (1, 0), "it rests, and has locks");
+        flight.take_off();
+        assert_eq!(count(), (1, 1));
         drop(flight);
-        assert_eq!(pulse.flights().borrow().now, 0);
+        assert_eq!(count(), (0, 0));
     }
 
     #[tokio::test]
@@ -208,6 +221,6 @@ mod tests {
 
     #[test]
     fn a_transaction_ends_before_somebody_looks_who_waits_for_its_locks() {
-        assert!(LONGEST_OPEN + LONGEST_STILL < crate::throttle::blocking::EVERY);
+        assert!(LONGEST_OPEN < crate::throttle::blocking::EVERY);
     }
 }
