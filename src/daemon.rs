@@ -132,11 +132,15 @@ impl Daemon {
         if !*started {
             self.connector.try_both().await?;
         }
-        Facts::read(client, &self.spec, self.settings.database.dedicated_login).await?;
+        let facts = Facts::read(client, &self.spec, self.settings.database.dedicated_login).await;
         let known = match migrate::installed(client).await? {
             migrate::Installed::Version(_) => jobs::find(client, self.job()).await?,
             migrate::Installed::Nothing => None,
         };
+        // The way back is open also where the catalog is no longer as the job says.
+        if known.as_ref().is_none_or(|j| j.status != Status::RollingBack) {
+            facts?;
+        }
         if known.is_none() && *started {
             return Err(self.forgotten());
         }
@@ -173,7 +177,11 @@ impl Daemon {
 
     /// Tables of ours that are missing, and a lease that may not refer to a job, mean that the job is gone.
     fn or_forgotten(&self, e: Error) -> Error {
-        if matches!(e.sqlstate(), Some("42P01" | "3F000" | "23503")) { self.forgotten() } else { e }
+        let ours = match e.sqlstate() {
+            Some("42P01" | "3F000") => e.to_string().contains("\"backfilld"),
+            state => state == Some("23503"),
+        };
+        if ours { self.forgotten() } else { e }
     }
 
     async fn preflight(&self, client: &tokio_postgres::Client) -> Result<()> {
@@ -247,11 +255,24 @@ impl Daemon {
         }
     }
 
+    async fn rolls_back(&self, session: &Session) -> bool {
+        let job = jobs::find(&session.client, self.job()).await;
+        job.is_ok_and(|job| job.is_some_and(|j| j.status == Status::RollingBack))
+    }
+
     async fn lead(&self, session: Session, lease: Lease, since: Instant) -> Result<Status> {
         // Read anew: a standby may have waited for days.
         let facts = Facts::read(&session.client, &self.spec, self.settings.database.dedicated_login).await;
         let facts = match facts {
             Ok(facts) => facts,
+            Err(e) if e.retry() == Retry::Never && self.rolls_back(&session).await => {
+                warn!(
+                    job = self.job(),
+                    "rolling back without the catalog, which is no longer as the job says: {}",
+                    e.line()
+                );
+                Facts::unknown(&self.spec)
+            }
             Err(e) => {
                 let _ = lease::release(&session.client, &lease).await;
                 return Err(e);

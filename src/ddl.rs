@@ -16,6 +16,14 @@ use crate::ledger::{event, lease};
 use crate::metrics;
 use crate::pg::connect::{SESSION_SETTINGS, Session};
 
+/// How long a statement under a strong lock may take, beside the wait for a lock, and how long the transaction may be idle, in
+/// milliseconds: all of ours change catalogs only.
+const STRONG_MS: u32 = 2_000;
+/// The same for one that stops nobody.
+const WEAK_IDLE_MS: u32 = 60_000;
+const TOO_LONG: &str =
+    "it needs a moment in which the table is not in use, and took more; backfilld plan shows the statements";
+
 /// Someone who holds a lock on the table: `pid 123 (login app, application "api", active for 12 s)`. Never the query
 /// text, which can hold values. An autovacuum is left out: it gives way (see [`lock`]), unless it prevents wraparound.
 const BLOCKERS: &str = "
@@ -135,14 +143,16 @@ pub async fn transaction<T>(
             let attempted = Instant::now();
             match attempt(ctx, session, change, &body).await {
                 Ok(done) => return Ok(done),
-                Err(e) if e.retry() == Retry::Smaller && ctx.check().is_ok() => {
+                Err(e) if e.retry() == Retry::Smaller && !took_too_long(&e, change) && ctx.check().is_ok() => {
                     metrics::ddl_attempt(ctx.job(), "lock_timeout", attempted.elapsed());
                     let now = blockers(&session.client, change).await.unwrap_or_default();
                     log_wait(ctx, change, &e.to_string(), if now.is_empty() { &in_the_way } else { &now });
                 }
                 Err(e) => {
                     metrics::ddl_attempt(ctx.job(), "error", attempted.elapsed());
-                    return Err(e.context(change.what));
+                    let too_long = took_too_long(&e, change);
+                    let e = e.context(change.what);
+                    return Err(if too_long { e.with_hint(TOO_LONG) } else { e });
                 }
             }
         } else {
@@ -155,6 +165,12 @@ pub async fn transaction<T>(
         ctx.pause(wait.mul_f64(jitter)).await?;
         wait = (wait * 2).min(ctx.settings.ddl.retry_max_wait);
     }
+}
+
+/// A statement under a strong lock was cancelled: it waits for locks no longer than `lock_timeout`, so it was at work, or somebody
+/// cancelled it. Everybody else stood still meanwhile, and would again.
+fn took_too_long(e: &Error, change: &Change<'_>) -> bool {
+    e.sqlstate() == Some("57014") && change.strength() > Strength::Maintenance
 }
 
 async fn out_of_patience(ctx: &Context, client: &Client, change: &Change<'_>) -> Error {
@@ -177,19 +193,23 @@ async fn attempt<T>(
 ) -> Result<T> {
     let began = Instant::now();
     let strength = change.strength();
-    // A long validation is cancelled when it is time to stop; everything else is short.
-    let statement_timeout = if strength == Strength::Maintenance { 0 } else { 30_000 };
+    // A long validation is cancelled when it is time to stop; everything else is short. Nobody is to wait for a daemon whose host is gone.
+    let (statement_timeout, idle_timeout) = match strength {
+        Strength::Maintenance => (0, WEAK_IDLE_MS),
+        _ => (30_000, STRONG_MS),
+    };
     let canceller = session.canceller();
     let tx = session.client.transaction().await?;
     tx.batch_execute(&format!(
-        "set local lock_timeout = {}; set local statement_timeout = {statement_timeout}; set local synchronous_commit = on",
+        "set local lock_timeout = {}; set local statement_timeout = {statement_timeout}; \
+         set local idle_in_transaction_session_timeout = {idle_timeout}; set local synchronous_commit = on",
         ctx.settings.ddl.lock_timeout.as_millis()
     ))
     .await?;
     // An operator who said `pause` or `rollback` while we waited for a lock has to be heard.
     ctx.may_go_on(&lease::fence(&tx, &ctx.lease).await?)?;
     let (done, locked_from) = {
-        let work = lock_and_change(&tx, change, body);
+        let work = lock_and_change(&tx, change, ctx.settings.ddl.lock_timeout, body);
         tokio::pin!(work);
         tokio::select! {
             done = &mut work => done?,
@@ -218,12 +238,13 @@ async fn attempt<T>(
 async fn lock_and_change<T>(
     tx: &Transaction<'_>,
     change: &Change<'_>,
+    lock_timeout: Duration,
     body: &impl AsyncFn(&Transaction<'_>) -> Result<T>,
 ) -> Result<(T, Instant)> {
     for sql in &change.prelude {
         tx.batch_execute(sql).await?;
     }
-    let locked_from = lock(tx, change).await?;
+    let locked_from = lock(tx, change, lock_timeout).await?;
     body(tx).await.map(|done| (done, locked_from))
 }
 
@@ -232,7 +253,7 @@ async fn lock_and_change<T>(
 /// SHARE UPDATE EXCLUSIVE comes first, on every table. No reader and no writer waits behind it, so it may be waited for
 /// longer than `deadlock_timeout`, which is when the server ends an autovacuum that is in the way; the short
 /// `lock_timeout` of the strong locks would never get past one. Once it is held, no other autovacuum begins.
-async fn lock(tx: &Transaction<'_>, change: &Change<'_>) -> Result<Instant> {
+async fn lock(tx: &Transaction<'_>, change: &Change<'_>, lock_timeout: Duration) -> Result<Instant> {
     let mut gentle = String::from(
         "select set_config('backfilld.lock_timeout', current_setting('lock_timeout'), true),
                 set_config('lock_timeout', (2 * setting::int8)::text, true)
@@ -241,10 +262,16 @@ async fn lock(tx: &Transaction<'_>, change: &Change<'_>) -> Result<Instant> {
     for (table, _) in &change.locks {
         gentle.push_str(&format!("lock table {table} in {} mode;", Strength::Maintenance.sql()));
     }
-    gentle.push_str("select set_config('lock_timeout', current_setting('backfilld.lock_timeout'), true)");
+    gentle.push_str("select set_config('lock_timeout', current_setting('backfilld.lock_timeout'), true);");
+    if change.strength() > Strength::Maintenance {
+        gentle.push_str(&format!("set local statement_timeout = {}", STRONG_MS + lock_timeout.as_millis() as u32));
+    }
     tx.batch_execute(&gentle).await?;
     let mut locked_from = Instant::now();
-    for (table, strength) in change.locks.iter().filter(|l| l.1 > Strength::Maintenance) {
+    // The strongest last: whoever else is waited for, readers do not wait meanwhile.
+    let mut strong: Vec<_> = change.locks.iter().filter(|l| l.1 > Strength::Maintenance).collect();
+    strong.sort_by_key(|l| l.1);
+    for (table, strength) in strong {
         tx.batch_execute(&format!("lock table {table} in {} mode", strength.sql())).await?;
         if *strength == change.strength() {
             locked_from = Instant::now();

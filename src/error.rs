@@ -151,6 +151,14 @@ impl Error {
         out
     }
 
+    /// [`Self::line`] for where no value of a row may be: what the server says about a row's content can quote it.
+    pub fn line_without_values(&self) -> String {
+        match &self.sqlstate {
+            Some(state) if is_about_a_row(state) => format!("{} (SQLSTATE {state})", meaning(state)),
+            _ => self.line(),
+        }
+    }
+
     /// The whole story for a terminal: message, SQLSTATE, causes, hint; several lines, no final newline.
     pub fn render(&self) -> String {
         let mut out = format!("error: {}", self.message);
@@ -211,6 +219,32 @@ pub fn retry_class(sqlstate: &str) -> Retry {
         "25006" | "25P03" | "25P04" | "57P01" | "57P02" | "57P03" | "57P05" | "53300" => Retry::Reconnect,
         s if s.starts_with("08") => Retry::Reconnect,
         _ => Retry::Never,
+    }
+}
+
+/// Errors that one row's content can cause: data exceptions, constraint violations, exceptions raised by triggers or by
+/// functions in the value.
+pub fn is_about_a_row(sqlstate: &str) -> bool {
+    ["22", "23", "44", "P0", "21"].iter().any(|class| sqlstate.starts_with(class))
+}
+
+/// Names of SQLSTATEs: PostgreSQL documentation, appendix A.
+pub fn meaning(sqlstate: &str) -> &'static str {
+    match sqlstate {
+        "23502" => "violates NOT NULL",
+        "23503" => "violates foreign key",
+        "23505" => "violates unique constraint",
+        "23514" => "violates check constraint",
+        "23P01" => "violates exclusion constraint",
+        "P0001" => "a trigger or function raised an exception",
+        "22001" => "the value is too long for its type",
+        "22003" => "a number is out of range",
+        "22P02" => "the value is not valid for its type",
+        s if s.starts_with("22") => "data exception",
+        s if s.starts_with("23") => "violates a constraint",
+        s if s.starts_with("21") => "the value is not one row",
+        s if s.starts_with("44") => "violates the check option of a view",
+        _ => "the update raised an error",
     }
 }
 

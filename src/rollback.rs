@@ -10,12 +10,12 @@ use crate::cutover::flip;
 use crate::ddl::{self, Change, Strength};
 use crate::error::{Error, Result};
 use crate::expand::snapshot::{self, ColumnState, FunctionState, Security};
+use crate::job::spec::Column;
 use crate::ledger::{event, job, lease, objects, verdict, watch};
 use crate::pg::connect::Session;
 use crate::pg::ident::literal;
 use crate::phase::Status;
 use crate::plan::steps::quote;
-use crate::plan::sync_sql;
 
 /// How the reason of a job begins whose rollback failed and will be tried again.
 pub const FAILED: &str = "rollback: ";
@@ -24,15 +24,25 @@ pub const FAILED: &str = "rollback: ";
 ///
 /// # Errors
 /// DDL errors, lease lost, interrupted; refused if something stands in the way that is not ours.
-pub async fn run(ctx: &Context, drop_column: bool) -> Result<()> {
+pub async fn run(ctx: &Context) -> Result<()> {
     let mut session = ctx.connect_ddl("rollback").await?;
     access::probe_role::drop_all(ctx, &mut session).await?;
     if flip::is_flipped(ctx, &session.client).await? {
         unflip(ctx, &mut session).await?;
     }
-    unconstrain(ctx, &mut session).await?;
-    unexpand(ctx, &mut session, drop_column).await?;
-    let left = differences(ctx, &session).await?;
+    let there = is_there(ctx, &session).await?;
+    if there {
+        unconstrain(ctx, &mut session).await?;
+    }
+    unexpand(ctx, &mut session).await?;
+    let left = if there {
+        differences(ctx, &session).await?
+    } else {
+        // Whatever was on it went with it.
+        let kinds = ["not_null", "constraint", "index", "column"];
+        objects::all_removed(&session.client, ctx.job(), &kinds).await?;
+        vec![format!("table {} is gone", ctx.spec.target.table)]
+    };
     for difference in &left {
         warn!(job = ctx.job(), "after the rollback: {difference}");
     }
@@ -43,11 +53,17 @@ pub async fn run(ctx: &Context, drop_column: bool) -> Result<()> {
         some => format!("rolled back; changed by others meanwhile: {}", some.join("; ")),
     };
     job::set_status(&tx, ctx.job(), &[Status::RollingBack], Status::RolledBack, &reason, "").await?;
+    let drop_column = job::get(&tx, ctx.job()).await?.drop_column;
     event::record(&tx, ctx.job(), "rolled_back", serde_json::json!({ "drop_column": drop_column, "left": left }))
         .await?;
     tx.commit().await?;
     info!(job = ctx.job(), "{reason}");
     Ok(())
+}
+
+async fn is_there(ctx: &Context, session: &Session) -> Result<bool> {
+    let sql = "select to_regclass($1) is not null";
+    Ok(session.client.query_one(sql, &[&ctx.spec.target.table.sql()]).await?.get(0))
 }
 
 /// Puts the old policies and functions back.
@@ -65,7 +81,8 @@ pub async fn unflip(ctx: &Context, session: &mut Session) -> Result<()> {
         prelude.extend(restore);
         drops.extend(drop);
     }
-    let policies = ctx.spec.policies.as_ref();
+    let there = is_there(ctx, session).await?;
+    let policies = ctx.spec.policies.as_ref().filter(|_| there);
     let then: Option<Security> = read(ctx, session, "policies", &table.to_string()).await?;
     let locks = policies.map(|_| (target.clone(), Strength::Everything)).into_iter().collect();
     let change = Change { what: "put the old policies and functions back", locks, prelude, ..Default::default() };
@@ -148,23 +165,15 @@ async fn unconstrain(ctx: &Context, session: &mut Session) -> Result<()> {
             .await?;
         }
     }
-    let mut constraints: Vec<String> = ctx.spec.foreign_keys.iter().map(|k| k.name.as_str().to_owned()).collect();
-    constraints.extend(
-        (0..ctx.facts.shape.columns.len())
-            .map(|i| crate::plan::steps::not_null_check(&ctx.facts.shape, i).as_str().to_owned()),
-    );
-    for name in constraints {
-        if objects::is_ours(&session.client, ctx.job(), "constraint", &name).await? {
-            let what = format!("drop constraint {name}");
-            let keys = ctx.spec.foreign_keys.iter().filter(|k| k.name.as_str() == name);
-            let change =
-                Change { also_locked: keys.map(|k| k.references.sql()).collect(), ..exclusive(&what, &target) };
-            ddl::transaction(ctx, session, &change, async |tx| {
-                tx.batch_execute(&format!("alter table {target} drop constraint if exists {}", quote(&name))).await?;
-                objects::removed(tx, ctx.job(), "constraint", &name).await
-            })
-            .await?;
-        }
+    for name in objects::all(&session.client, ctx.job(), "constraint").await? {
+        let what = format!("drop constraint {name}");
+        let keys = ctx.spec.foreign_keys.iter().filter(|k| k.name.as_str() == name);
+        let change = Change { also_locked: keys.map(|k| k.references.sql()).collect(), ..exclusive(&what, &target) };
+        ddl::transaction(ctx, session, &change, async |tx| {
+            tx.batch_execute(&format!("alter table {target} drop constraint if exists {}", quote(&name))).await?;
+            objects::removed(tx, ctx.job(), "constraint", &name).await
+        })
+        .await?;
     }
     for index in &ctx.spec.indexes {
         let name = format!("{}.{}", ctx.spec.target.table.schema.sql(), index.name.sql());
@@ -177,51 +186,46 @@ async fn unconstrain(ctx: &Context, session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-async fn unexpand(ctx: &Context, session: &mut Session, drop_column: bool) -> Result<()> {
-    let shape = &ctx.facts.shape;
-    let target = shape.target.sql();
-    let mut tables = vec![target.clone()];
-    tables.extend(shape.joins.iter().map(|j| j.table.sql()));
-    tables.dedup();
-    for table in &tables {
-        let triggers: Vec<_> = sync_sql::triggers(shape).into_iter().filter(|t| t.table == *table).collect();
-        let there: i64 = session
-            .client
-            .query_one(
-                "select count(*) from pg_trigger where tgrelid = to_regclass($1) and tgname = any ($2)",
-                &[table, &triggers.iter().map(|t| t.name.clone()).collect::<Vec<_>>()],
-            )
-            .await?
-            .get(0);
-        if there == 0 {
-            continue;
-        }
-        let what = format!("drop the sync triggers on {table}");
-        ddl::transaction(ctx, session, &exclusive(&what, table), async |tx| {
-            for trigger in &triggers {
-                tx.batch_execute(&sync_sql::drop_trigger(trigger)).await?;
-                objects::removed(tx, ctx.job(), "trigger", &format!("{} on {}", trigger.name, trigger.table)).await?;
-            }
-            Ok(())
-        })
+/// Sync triggers, their functions and columns. The triggers are found by their functions, whatever became of the tables: this is the
+/// way out also where a table or a column that the job names is there no more.
+async fn unexpand(ctx: &Context, session: &mut Session) -> Result<()> {
+    let functions = objects::all(&session.client, ctx.job(), "function").await?;
+    let signatures: Vec<String> = functions.iter().map(|f| format!("{f}()")).collect();
+    let found = session
+        .client
+        .query(
+            "select t.tgname::text, format('%I.%I', n.nspname, c.relname)
+             from unnest($1::text[]) s join pg_trigger t on t.tgfoid = to_regprocedure(s)
+             join pg_class c on c.oid = t.tgrelid join pg_namespace n on n.oid = c.relnamespace
+             where not t.tgisinternal and t.tgparentid = 0
+             order by c.oid is distinct from to_regclass($2), 2, 1",
+            &[&signatures, &ctx.spec.target.table.sql()],
+        )
         .await?;
+    let found: Vec<(String, String)> = found.iter().map(|r| (r.get(0), r.get(1))).collect();
+    for triggers in found.chunk_by(|a, b| a.1 == b.1) {
+        let table = &triggers[0].1;
+        let what = format!("drop the sync triggers on {table}");
+        let drops: String = triggers
+            .iter()
+            .map(|(name, table)| format!("drop trigger if exists {} on {table};", quote(name)))
+            .collect();
+        ddl::transaction(ctx, session, &exclusive(&what, table), async |tx| Ok(tx.batch_execute(&drops).await?))
+            .await?;
     }
-    let functions = sync_sql::functions(shape);
-    let names: Vec<String> = functions.iter().map(|f| format!("{}()", f.name)).collect();
-    let there = "select exists (select from unnest($1::text[]) n where to_regprocedure(n) is not null)";
-    if session.client.query_one(there, &[&names]).await?.get(0) {
+    if !functions.is_empty() {
         let change = Change { what: "drop the sync functions", ..Default::default() };
         ddl::transaction(ctx, session, &change, async |tx| {
-            for function in &functions {
-                tx.batch_execute(&format!("drop function if exists {}()", function.name)).await?;
-                objects::removed(tx, ctx.job(), "function", &function.name).await?;
+            for signature in &signatures {
+                tx.batch_execute(&format!("drop function if exists {signature}")).await?;
             }
+            objects::all_removed(tx, ctx.job(), &["trigger", "function"]).await?;
             drop_empty_schema(tx).await
         })
         .await?;
     }
     for column in &ctx.spec.columns {
-        restore_column(ctx, session, &target, column.name.as_str(), drop_column).await?;
+        restore_column(ctx, session, column).await?;
     }
     Ok(())
 }
@@ -242,24 +246,30 @@ async fn drop_empty_schema(tx: &Transaction<'_>) -> Result<()> {
     Ok(())
 }
 
-async fn restore_column(ctx: &Context, session: &mut Session, target: &str, name: &str, drop: bool) -> Result<()> {
+async fn restore_column(ctx: &Context, session: &mut Session, column: &Column) -> Result<()> {
+    let (name, target) = (column.name.as_str(), ctx.spec.target.table.sql());
     let now = snapshot::column(&session.client, &ctx.spec.target.table, name).await?;
     let then: Option<ColumnState> = read(ctx, session, "column", name).await?;
     let ours = objects::is_ours(&session.client, ctx.job(), "column", name).await?;
     if !now.existed {
         return Ok(());
     }
-    let (what, sql) = if drop && ours {
+    let drop = ours && job::get(&session.client, ctx.job()).await?.drop_column;
+    let (what, sql) = if drop {
         (format!("drop column {name}"), format!("alter table {target} drop column {}", quote(name)))
     } else {
-        let comment = then.as_ref().and_then(|t| t.comment.clone());
-        if comment == now.comment {
+        // A comment that is not the job's is somebody else's.
+        let Some(then) = then.filter(|t| column.comment == now.comment && t.comment != now.comment) else {
             return Ok(());
-        }
-        let comment = comment.map_or("null".to_owned(), |c| literal(&c));
+        };
+        let comment = then.comment.map_or("null".to_owned(), |c| literal(&c));
         (format!("put the comment of {name} back"), format!("comment on column {target}.{} is {comment}", quote(name)))
     };
-    ddl::transaction(ctx, session, &exclusive(&what, target), async |tx| {
+    ddl::transaction(ctx, session, &exclusive(&what, &target), async |tx| {
+        // It may have waited for its lock for a while, and the operator have changed their mind.
+        if drop && !job::get(tx, ctx.job()).await?.drop_column {
+            return Ok(());
+        }
         tx.batch_execute(&sql).await?;
         if drop { objects::removed(tx, ctx.job(), "column", name).await } else { Ok(()) }
     })

@@ -14,20 +14,29 @@ use crate::world::{JOB, Job, World, say};
 const LOOK: Duration = Duration::from_secs(15);
 /// What the default has to find its pace, which a backfill of any size has as well.
 const SETTLE: Duration = Duration::from_secs(45);
+/// What it takes to rise to a limit where no budget is in the way.
+const RISE: Duration = Duration::from_secs(15);
 
-/// Duty, and the target duration of a batch in milliseconds; the last two are the default and nobody.
-const POINTS: [(&str, &str); 6] = [
-    ("alone", ""),
-    ("duty 0.1, 1 ms", "target_duration = \"1ms\"\n[throttle]\npace = \"constant\"\nduty = 0.1"),
-    ("duty 0.4, 1 ms", "target_duration = \"1ms\"\n[throttle]\npace = \"constant\"\nduty = 0.4"),
-    ("duty 0.1, 10 ms", "target_duration = \"10ms\"\n[throttle]\npace = \"constant\"\nduty = 0.1"),
-    ("unthrottled", "[throttle]\npace = \"constant\""),
-    (AUTO, ""),
-];
+const ALONE: &str = "alone";
+const LONG: &str = "10 ms, a tenth of the time";
+const LONG_BATCHES: &str = "target_duration = \"10ms\"\n[throttle]\npace = \"constant\"\nduty = 0.1";
+const UNTHROTTLED: &str = "unthrottled";
+const CONSTANT: &str = "[throttle]\npace = \"constant\"";
 const AUTO: &str = "default (auto)";
+const PACES: [f64; 4] = [0.1, 0.2, 0.35, 0.5];
+
+/// What is in the job file.
+fn curve() -> Vec<(String, String)> {
+    // As the defaults work, but with a budget that nothing exceeds, so that the limit is what it is.
+    let at = |pace: f64| (format!("pace {pace}"), format!("[throttle]\nlatency_budget = 10.0\nduty = {pace}"));
+    let mut points: Vec<_> = PACES.map(at).into();
+    points.push((LONG.into(), LONG_BATCHES.into()));
+    points.push((UNTHROTTLED.into(), CONSTANT.into()));
+    points
+}
 
 struct Run {
-    point: &'static str,
+    point: String,
     /// Rows per second.
     rate: f64,
     /// What was looked at, in seconds.
@@ -36,18 +45,21 @@ struct Run {
 }
 
 pub async fn run(world: &World, runs: u32, all: bool, rate: u32, report: &mut Report) -> Result<()> {
-    let points: Vec<_> = POINTS.into_iter().filter(|p| all || [POINTS[0].0, AUTO].contains(&p.0)).collect();
+    let mut points = vec![(ALONE.to_owned(), String::new()), (AUTO.to_owned(), String::new())];
+    if all {
+        points.splice(1..1, curve());
+    }
     let mut results = Vec::new();
     for turn in 0..runs as usize {
         for i in 0..points.len() {
-            let (point, batching) = points[(i + turn) % points.len()];
+            let (point, batching) = &points[(i + turn) % points.len()];
             say(&format!("pace {} of {runs}: {point}", turn + 1));
             results.push(one(world, point, batching, rate).await?);
         }
     }
     // With nobody beside it.
     let mut idle = Vec::new();
-    for batching in [POINTS[4].1, ""] {
+    for batching in [CONSTANT, ""] {
         idle.push(without_others(world, batching).await?);
     }
     let of = |point: &str| results.iter().filter(|r| r.point == point).collect::<Vec<_>>();
@@ -58,7 +70,7 @@ pub async fn run(world: &World, runs: u32, all: bool, rate: u32, report: &mut Re
         let latencies: Vec<_> = runs.iter().map(|r| &r.latency).collect();
         let mut cells = vec![format!("{rate:.0}")];
         cells.extend(Latency::cells(&latencies).into_iter().take(4));
-        rows.push(((*point).to_owned(), cells));
+        rows.push((point.clone(), cells));
     }
     rows.push(("idle, unthrottled".into(), vec![format!("{:.0}", idle[0])]));
     rows.push(("idle, default (auto)".into(), vec![format!("{:.0}", idle[1])]));
@@ -69,7 +81,8 @@ pub async fn run(world: &World, runs: u32, all: bool, rate: u32, report: &mut Re
     let data = json!({ "transactions_per_second": rate, "runs": data, "idle_rows_per_second": idle });
     if all {
         let line = |share: f64| {
-            let points = points.iter().filter(|(point, _)| *point != POINTS[0].0);
+            // Long batches are not on the way from gentle to unthrottled.
+            let points = points.iter().filter(|(point, _)| ![ALONE, LONG].contains(&point.as_str()));
             let at = |point: &str| {
                 let rate = median(&of(point).iter().map(|r| r.rate).collect::<Vec<_>>());
                 (rate, median(&of(point).iter().map(|r| r.latency.at(share)).collect::<Vec<_>>()))
@@ -94,25 +107,29 @@ async fn filled(db: &crate::world::Database) -> Result<i64> {
     Ok(db.admin.query_one(sql, &[]).await?.get(0))
 }
 
-async fn one(world: &World, point: &'static str, batching: &str, rate: u32) -> Result<Run> {
+async fn one(world: &World, point: &str, batching: &str, rate: u32) -> Result<Run> {
     let db = world.copy("expanded").await?;
     world.command(&db.name, &["cutover", JOB])?;
     let mut traffic = Foreground::start(world, &db, rate)?;
     // Caches are warm, and connections are there.
     tokio::time::sleep(Duration::from_secs(2)).await;
-    if point == POINTS[0].0 {
+    if point == ALONE {
         traffic.mark();
         tokio::time::sleep(LOOK).await;
-        let run = Run { point, rate: 0.0, seconds: LOOK.as_secs_f64(), latency: traffic.stop().await? };
+        let run =
+            Run { point: point.to_owned(), rate: 0.0, seconds: LOOK.as_secs_f64(), latency: traffic.stop().await? };
         world.discard(db).await?;
         return Ok(run);
     }
     let job = Job { hold_before: "\"constrain\"", batching };
     let mut daemon = world.daemon(&db.name, "pace", &job, &[], &[])?;
     db.until(&mut daemon, |_, _, batches| batches > 0).await?;
-    if point == AUTO {
-        tokio::time::sleep(SETTLE).await;
-    }
+    let settle = match point {
+        AUTO => SETTLE,
+        _ if batching.contains("constant") => Duration::ZERO,
+        _ => RISE,
+    };
+    tokio::time::sleep(settle).await;
     traffic.mark();
     let (began, before) = (Instant::now(), filled(&db).await?);
     while began.elapsed() < LOOK {
@@ -128,12 +145,12 @@ async fn one(world: &World, point: &'static str, batching: &str, rate: u32) -> R
     }
     drop(daemon);
     world.discard(db).await?;
-    Ok(Run { point, rate: rows as f64 / took, seconds: took, latency })
+    Ok(Run { point: point.to_owned(), rate: rows as f64 / took, seconds: took, latency })
 }
 
 /// Beside an application that already takes all that the server has.
 pub async fn saturated(world: &World, runs: u32, report: &mut Report) -> Result<()> {
-    let points = [POINTS[0], POINTS[4], (AUTO, "")];
+    let points = [(ALONE, ""), (UNTHROTTLED, CONSTANT), (AUTO, "")];
     let mut results = Vec::new();
     for turn in 0..runs as usize {
         for i in 0..points.len() {

@@ -48,12 +48,13 @@ impl Stage {
 }
 
 /// Whether the newest comparison is a passing one from before the flip, on everything that is there now. True without
-/// `[access]`.
+/// `[access]`, and when that has come.
 ///
 /// # Errors
 /// Database errors.
 pub async fn holds(ctx: &Context, client: &Client) -> Result<bool> {
-    if ctx.spec.access.is_none() {
+    // Somebody stopped the job between the flip and what confirms it, which comes next.
+    if ctx.spec.access.is_none() || flip::is_flipped(ctx, client).await? {
         return Ok(true);
     }
     ledger::holds(client, ctx.job(), Stage::Before.as_str(), &rules::basis(ctx, client).await?).await
@@ -89,6 +90,9 @@ pub async fn clean(ctx: &Context) -> Result<()> {
 /// cannot be compared; lease lost, interrupted.
 pub async fn compare(ctx: &Context, stage: Stage) -> Result<()> {
     let Some(access) = &ctx.spec.access else { return Ok(()) };
+    if stage == Stage::Before && flip::is_flipped(ctx, &**ctx.client().await?).await? {
+        return Ok(());
+    }
     let mut ddl = ctx.connect_ddl("access-ddl").await?;
     // What a killed run left would be part of the state.
     probe_role::drop_all(ctx, &mut ddl).await?;

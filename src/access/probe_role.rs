@@ -130,12 +130,11 @@ pub async fn drop_all(ctx: &Context, session: &mut Session) -> Result<()> {
         locks: vec![(target, Strength::Everything)],
         ..Default::default()
     };
+    let sql = format!("{policies}{roles}");
     ddl::transaction(ctx, session, &change, async |tx| {
-        tx.batch_execute(&format!("{policies}{roles}")).await?;
-        for (kind, ident) in &made {
-            objects::removed(tx, ctx.job(), kind, ident).await?;
-        }
-        Ok(())
+        // Sent together: the lock is held for one round trip.
+        let dropped = async { Ok(tx.batch_execute(&sql).await?) };
+        tokio::try_join!(dropped, objects::all_removed(tx, ctx.job(), &[ROLE, POLICY])).map(|_| ())
     })
     .await
 }

@@ -45,7 +45,7 @@ pub async fn retry(client: &mut Client, shape: &Shape, key: &[String]) -> Result
         Err(e) if e.retry() == Retry::Smaller => {
             Ok(done(false, format!("somebody holds a lock on it ({}); try again", e.sqlstate().unwrap_or_default())))
         }
-        Err(e) if super::is_about_a_row(e.sqlstate().unwrap_or_default()) => {
+        Err(e) if crate::error::is_about_a_row(e.sqlstate().unwrap_or_default()) => {
             tx.rollback().await?;
             let (sqlstate, message) = super::batch::reason(client, shape, &e).await?;
             checkpoint::quarantine(client, &shape.job, key, &sqlstate, &message).await?;

@@ -8,7 +8,7 @@ use tracing::Span;
 
 use super::plan_check::PlanCheck;
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::fault;
 use crate::ledger::checkpoint::{self, Checkpoint};
 use crate::ledger::lease;
@@ -250,7 +250,7 @@ pub async fn quarantine(
 /// What the server says.
 pub async fn reason(client: &impl GenericClient, shape: &Shape, error: &Error) -> Result<(String, String)> {
     let sqlstate = error.sqlstate().unwrap_or("?????").to_owned();
-    let what = meaning(&sqlstate);
+    let what = error::meaning(&sqlstate);
     if !sqlstate.starts_with("23") {
         return Ok((sqlstate, what.into()));
     }
@@ -259,26 +259,6 @@ pub async fn reason(client: &impl GenericClient, shape: &Shape, error: &Error) -
         .await?;
     let named = names.iter().map(|r| r.get::<_, String>(0)).find(|n| error.to_string().contains(&format!("\"{n}\"")));
     Ok((sqlstate, named.map_or(what.into(), |n| format!("{what} \"{n}\""))))
-}
-
-/// Names of SQLSTATEs: PostgreSQL documentation, appendix A.
-fn meaning(sqlstate: &str) -> &'static str {
-    match sqlstate {
-        "23502" => "violates NOT NULL",
-        "23503" => "violates foreign key",
-        "23505" => "violates unique constraint",
-        "23514" => "violates check constraint",
-        "23P01" => "violates exclusion constraint",
-        "P0001" => "a trigger or function raised an exception",
-        "22001" => "the value is too long for its type",
-        "22003" => "a number is out of range",
-        "22P02" => "the value is not valid for its type",
-        s if s.starts_with("22") => "data exception",
-        s if s.starts_with("23") => "violates a constraint",
-        s if s.starts_with("21") => "the value is not one row",
-        s if s.starts_with("44") => "violates the check option of a view",
-        _ => "the update raised an error",
-    }
 }
 
 fn as_param(text: &String) -> &(dyn ToSql + Sync) {

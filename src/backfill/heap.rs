@@ -284,7 +284,9 @@ impl HeapWalk {
                     tx.commit().await?;
                     checkpoint.rows_updated += updated as i64;
                 }
-                Err(e) if e.retry() == Retry::Never && super::is_about_a_row(e.sqlstate().unwrap_or_default()) => {
+                Err(e)
+                    if e.retry() == Retry::Never && crate::error::is_about_a_row(e.sqlstate().unwrap_or_default()) =>
+                {
                     tx.rollback().await?;
                     let key: Vec<String> = (1..row.len()).map(|i| row.get(i)).collect();
                     let tx = session.client.transaction().await?;

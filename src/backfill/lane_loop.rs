@@ -12,7 +12,7 @@ use super::sizer::Sizer;
 use super::team::Team;
 use super::walk::{Lane, Walk};
 use crate::context::Context;
-use crate::error::{Error, Kind, Result, Retry};
+use crate::error::{Error, Kind, Result, Retry, is_about_a_row};
 use crate::ledger::checkpoint::{self, Checkpoint};
 use crate::live;
 use crate::metrics;
@@ -294,12 +294,6 @@ impl<'a> Loop<'a> {
             }),
         }
     }
-}
-
-/// Errors that one row's content can cause: data exceptions, constraint violations, exceptions raised by triggers or by
-/// functions in the value.
-pub(crate) fn is_about_a_row(sqlstate: &str) -> bool {
-    ["22", "23", "44", "P0", "21"].iter().any(|class| sqlstate.starts_with(class))
 }
 
 /// 50 ms, doubling to 5 s, jittered so that two daemons or a batch and an application do not stay in step.

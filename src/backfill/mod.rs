@@ -26,7 +26,6 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-pub(crate) use self::lane_loop::is_about_a_row;
 use self::lane_loop::{LaneEnd, Loop};
 use self::session::connect;
 use self::team::Team;

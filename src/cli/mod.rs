@@ -191,20 +191,6 @@ async fn dispatch(cli: Cli) -> Result<()> {
 
 fn key_value(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
-    if (key.contains("password") || key.contains("token")) && !key.ends_with("_file") {
-        return Err(format!(
-            "{key} on a command line could be read by every user of this machine; use {key}_file or the environment"
-        ));
-    }
-    if value
-        .split_once("://")
-        .is_some_and(|(_, rest)| rest.split('@').next().is_some_and(|a| a != rest && a.contains(':')))
-    {
-        return Err(format!(
-            "{key} holds a password, which every user of this machine could read here; use \
-             BACKFILLD_DATABASE__URL or database.password_file"
-        ));
-    }
     Ok((key.to_owned(), value.to_owned()))
 }
 
@@ -226,7 +212,10 @@ impl Global {
         if quiet && self.log_level.is_none() && std::env::var_os("BACKFILLD_LOG__LEVEL").is_none() {
             flags.push(("log.level".to_owned(), "warn".to_owned()));
         }
-        flags.extend(self.set.iter().cloned());
+        for (key, value) in &self.set {
+            crate::settings::refuse_secret(key, value)?;
+            flags.push((key.clone(), value.clone()));
+        }
         flags.extend(self.log_format.iter().map(|v| ("log.format".to_owned(), v.clone())));
         flags.extend(self.log_level.iter().map(|v| ("log.level".to_owned(), v.clone())));
         Settings::load(self.config.as_deref(), flags)
@@ -306,10 +295,33 @@ mod tests {
 
     #[test]
     fn secrets_are_refused_as_arguments() {
-        assert!(key_value("database.password=x").is_err());
-        assert!(key_value("http.token=x").is_err());
-        assert!(key_value("http.token_file=/x").is_ok());
-        assert!(key_value("database.url=postgresql://u:secret@h/db").is_err());
-        assert!(key_value("database.url=postgresql://u@h:5432/db").is_ok());
+        let refused = |text: &str| {
+            let (key, value) = key_value(text).expect("well-formed");
+            crate::settings::refuse_secret(&key, &value).err().map(|e| e.render())
+        };
+        for text in [
+            "database.password=s3cret",
+            "http.token=s3cret",
+            "hooks.webhook_secret=s3cret",
+            "hooks.webhook=https://h/s3cret",
+            "database.url=postgresql://u:s3cret@h/db",
+            "database.url=postgresql://h/db?user=u&password=s3cret",
+            "database.url=host=h user=u password=s3cret",
+            "database.url=host=h password=s3cret what",
+        ] {
+            let said = refused(text).unwrap_or_default();
+            assert!(
+                said.contains(text.split('=').next().unwrap_or_default()) && !said.contains("s3cret"),
+                "{text}: {said}"
+            );
+        }
+        for text in [
+            "http.token_file=/x",
+            "database.url=postgresql://u@h:5432/db",
+            "database.url=host=h user=u",
+            "lease.ttl=3s",
+        ] {
+            assert_eq!(refused(text), None);
+        }
     }
 }

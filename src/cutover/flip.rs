@@ -12,7 +12,7 @@ use crate::expand::snapshot::{self, FunctionState, PolicyState, Security};
 use crate::job::spec::Policies;
 use crate::ledger::{objects, verdict};
 use crate::pg::connect::Session;
-use crate::pg::ident::QualifiedName;
+use crate::pg::ident::{QualifiedName, literal};
 use crate::phase::Phase;
 use crate::plan::steps;
 use crate::{fault, rollback, verify};
@@ -33,6 +33,7 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
     rehearse_way_back(ctx, &mut session).await?;
     let target = ctx.spec.target.table.sql();
     let functions: Vec<String> = ctx.spec.functions.iter().flat_map(|f| f.statements.iter().cloned()).collect();
+    let mut prelude = unchanged_functions(ctx, &session.client).await?;
     let policies: Vec<&str> =
         step.sql.iter().skip(functions.len()).filter(|s| !s.starts_with("lock table")).map(String::as_str).collect();
     // One message: the lock is held for one round trip, not for one per policy.
@@ -48,7 +49,8 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
     // None of this is the flip's own work, so it need not be read under the lock.
     let around = verify::state::around(&session.client, &ctx.spec, &ctx.facts.shape).await?;
     // Functions first: replacing them locks no table, and policies take ACCESS EXCLUSIVE until the commit.
-    let change = Change { what: &step.what, locks, prelude: functions, ..Default::default() };
+    prelude.extend(functions);
+    let change = Change { what: &step.what, locks, prelude, ..Default::default() };
     ddl::transaction(ctx, &mut session, &change, async |tx| {
         assert_before(ctx, tx, then.as_ref()).await?;
         tx.batch_execute(&policies).await?;
@@ -101,10 +103,7 @@ async fn assert_flipped(ctx: &Context, client: &Client) -> Result<()> {
 async fn rehearse_way_back(ctx: &Context, session: &mut Session) -> Result<()> {
     let tx = session.client.transaction().await?;
     for f in &ctx.spec.functions {
-        let then: Option<FunctionState> = objects::kept(&tx, ctx.job(), "function", &f.signature)
-            .await?
-            .and_then(|then| serde_json::from_value(then).ok())
-            .flatten();
+        let then = kept_function(ctx, &tx, &f.signature).await?.flatten();
         for sql in &f.statements {
             tx.batch_execute(sql).await.map_err(|e| Error::from(e).context(format!("function {}", f.signature)))?;
         }
@@ -147,6 +146,43 @@ async fn assert_before(ctx: &Context, tx: &impl GenericClient, then: Option<&Sec
             .with_hint("put them back, or roll the job back and start again with a job that names the new ones"));
     }
     named(policies, &now, table)
+}
+
+/// Refuses functions that somebody has changed since the snapshot: a rollback would bring the old ones back. Gives statements that look
+/// again, in the transaction that replaces them.
+async fn unchanged_functions(ctx: &Context, client: &Client) -> Result<Vec<String>> {
+    let mut out = Vec::new();
+    for f in &ctx.spec.functions {
+        let signature = &f.signature;
+        let Some(then) = kept_function(ctx, client, signature).await? else { continue };
+        if snapshot::function(client, signature).await? != then {
+            return Err(Error::refused(format!("function {signature} has changed since the job began")).with_hint(
+                "put it back as it was then, or roll the job back and start again with a job that is made from the new one",
+            ));
+        }
+        let definition = then.map_or("null".to_owned(), |f| literal(&f.definition));
+        out.push(format!(
+            "do {0} begin if pg_get_functiondef(to_regprocedure({1})) is distinct from {definition} then \
+             raise exception using errcode = '55000', message = 'function ' || {1} || ' has changed since the job began'; \
+             end if; end {0}",
+            "$backfilld_unchanged$",
+            literal(signature)
+        ));
+    }
+    Ok(out)
+}
+
+/// A function as the snapshot took it; `None`: it took none.
+async fn kept_function(
+    ctx: &Context,
+    client: &impl GenericClient,
+    signature: &str,
+) -> Result<Option<Option<FunctionState>>> {
+    objects::kept(client, ctx.job(), "function", signature)
+        .await?
+        .map(serde_json::from_value)
+        .transpose()
+        .map_err(|e| Error::internal(format!("snapshot of function {signature}")).with_source(e))
 }
 
 /// The policies as the snapshot took them.

@@ -7,7 +7,7 @@ use tracing::{Instrument as _, error, info, info_span, warn};
 
 use crate::context::{Context, Outcome};
 use crate::cutover::{constrain, flip};
-use crate::error::{Error, Kind, Result, Retry};
+use crate::error::{Error, Kind, Result, Retry, is_about_a_row};
 use crate::job::spec::HoldPoint;
 use crate::ledger::job::{self as jobs, JobRow};
 use crate::ledger::plans::Stage;
@@ -54,7 +54,7 @@ impl Phases<'_> {
             match job.status {
                 Status::Running if job.phase == Phase::Done => self.finish().await?,
                 Status::Running => self.step(&job).await?,
-                Status::RollingBack => self.roll_back(&job).await?,
+                Status::RollingBack => self.roll_back().await?,
                 Status::Done | Status::RolledBack if self.once => return Ok(job.status),
                 Status::Failed if self.once => {
                     return Err(Error::failed(format!("job {} failed: {}", ctx.job(), job.reason)).with_hint(
@@ -87,9 +87,9 @@ impl Phases<'_> {
     }
 
     /// A rollback that fails stays one: it goes on with the next run, or here when what was in its way is gone.
-    async fn roll_back(&self, job: &JobRow) -> Result<()> {
+    async fn roll_back(&self) -> Result<()> {
         let ctx = self.ctx;
-        let Err(e) = rollback::run(&ctx.rolling_back(), job.drop_column).await else { return Ok(()) };
+        let Err(e) = rollback::run(&ctx.rolling_back()).await else { return Ok(()) };
         if leaves(&e) || ctx.status().await? != Status::RollingBack {
             return Err(e);
         }
@@ -155,8 +155,10 @@ impl Phases<'_> {
         }
         if verdict.passed {
             access::compare(ctx, access::Stage::Before).await?;
-            // The last phase in which neither policies nor indexes are new.
-            explain::capture(ctx, Stage::Before).await?;
+            // The last phase in which neither policies nor indexes are new, unless the flip was stopped before it was confirmed.
+            if !flip::is_flipped(ctx, &**ctx.client().await?).await? {
+                explain::capture(ctx, Stage::Before).await?;
+            }
             return Ok(Outcome::Complete);
         }
         let count = |kind: &str| verdict.counts.get(kind).copied().unwrap_or(0);
@@ -215,20 +217,25 @@ impl Phases<'_> {
     /// Stores the failure: a restart stops here again, until an operator says `resume` (hazard 61).
     async fn fail(&self, phase: Phase, e: Error) -> Result<()> {
         let ctx = self.ctx;
-        let reason = format!("{phase}: {}", e.line());
+        // Where the job's expressions are evaluated for the table's rows.
+        let reads_rows = matches!(phase, Phase::Backfill | Phase::Verify | Phase::Watch);
+        let about_a_row = reads_rows && e.sqlstate().is_some_and(is_about_a_row);
+        let reason = format!("{phase}: {}", if about_a_row { e.line_without_values() } else { e.line() });
         let mut client = ctx.client().await?;
         let tx = client.transaction().await?;
         lease::fence(&*tx, &ctx.lease).await?;
-        let hint = e.hint().unwrap_or_default();
+        let evaluate =
+            format!("an expression of the job cannot be evaluated for a row: backfilld quarantine list {}", ctx.job());
+        let hint = if about_a_row { evaluate.as_str() } else { e.hint().unwrap_or_default() };
         if !jobs::set_status(&*tx, ctx.job(), &[Status::Running], Status::Failed, &reason, hint).await? {
             // An operator was faster, and perhaps the cause; what they asked for goes first.
-            info!(job = ctx.job(), phase = %phase, "phase stopped: {e}");
+            info!(job = ctx.job(), phase = %phase, "phase stopped: {reason}");
             return Ok(());
         }
         event::record(&*tx, ctx.job(), "failed", json!({ "phase": phase.as_str(), "reason": reason })).await?;
         tx.commit().await?;
         metrics::error(ctx.job(), e.sqlstate());
-        error!(job = ctx.job(), phase = %phase, sqlstate = e.sqlstate(), hint = e.hint(), "phase failed: {reason}");
+        error!(job = ctx.job(), phase = %phase, sqlstate = e.sqlstate(), hint, "phase failed: {reason}");
         Ok(())
     }
 }

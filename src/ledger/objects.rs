@@ -39,8 +39,38 @@ pub async fn is_ours(client: &impl GenericClient, job: &str, kind: &str, ident: 
 /// # Errors
 /// Whatever the server says.
 pub async fn removed(client: &impl GenericClient, job: &str, kind: &str, ident: &str) -> Result<()> {
+    // As there.
     client
-        .execute("delete from backfilld.object where job = $1 and kind = $2 and ident = $3", &[&job, &kind, &ident])
+        .execute_typed(
+            "delete from backfilld.object where job = $1 and kind = $2 and ident = $3",
+            &[(&job, Type::TEXT), (&kind, Type::TEXT), (&ident, Type::TEXT)],
+        )
+        .await?;
+    Ok(())
+}
+
+/// Names of the objects of a kind that are ours.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn all(client: &impl GenericClient, job: &str, kind: &str) -> Result<Vec<String>> {
+    let rows = client
+        .query("select ident from backfilld.object where job = $1 and kind = $2 order by ident", &[&job, &kind])
+        .await?;
+    Ok(rows.iter().map(|r| r.get(0)).collect())
+}
+
+/// Notes that all of some kinds are gone.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn all_removed(client: &impl GenericClient, job: &str, kinds: &[&str]) -> Result<()> {
+    // Not prepared, for one round trip: it often runs under a strong lock.
+    client
+        .execute_typed(
+            "delete from backfilld.object where job = $1 and kind = any ($2)",
+            &[(&job, Type::TEXT), (&kinds, Type::TEXT_ARRAY)],
+        )
         .await?;
     Ok(())
 }

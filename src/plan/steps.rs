@@ -51,12 +51,13 @@ pub fn expand(spec: &JobSpec, facts: &Facts, lock_timeout: &str) -> Step {
     let shape = &facts.shape;
     let target = shape.target.sql();
     let owner = quote(&facts.target.owner);
-    let mut sql = vec![format!("lock table {target} in access exclusive mode")];
+    let mut sql = Vec::new();
     let mut sources: Vec<String> = shape.joins.iter().map(|j| j.table.sql()).collect();
     sources.dedup();
     for source in &sources {
         sql.push(format!("lock table {source} in share row exclusive mode"));
     }
+    sql.push(format!("lock table {target} in access exclusive mode"));
     sql.push(format!("create schema if not exists \"{SYNC_SCHEMA}\" authorization {owner}"));
     for function in sync_sql::functions(shape) {
         sql.push(function.create);

@@ -39,7 +39,10 @@ async fn existing_column(p: &Probe<'_>, facts: &Facts) -> Result<Check> {
     let mut tally = Tally::default();
     let mut existing: Vec<&ColumnShape> = Vec::new();
     for (column, found) in facts.shape.columns.iter().zip(&facts.existing) {
-        let Some(found) = found else { continue };
+        let Some(found) = found else {
+            rewritten_for_a_domain(p, column, &mut tally).await?;
+            continue;
+        };
         let attribute = generated.iter().find(|r| r.get::<_, String>(0) == column.name.as_str());
         let flag = |i: usize| attribute.is_some_and(|r| r.get(i));
         let label = format!("{} exists", column.name);
@@ -84,6 +87,32 @@ async fn existing_column(p: &Probe<'_>, facts: &Facts) -> Result<Check> {
     let names: Vec<&str> = facts.shape.columns.iter().map(|c| c.name.as_str()).collect();
     let kind = if new > 0 { "new" } else { "there, empty and nullable" };
     Ok(tally.check(name, format!("{}: {kind}", names.join(", "))))
+}
+
+/// To add a column of a domain with constraints rewrites the table, with everybody else shut out (ATExecAddColumn in the server's
+/// `tablecmds.c`).
+async fn rewritten_for_a_domain(p: &Probe<'_>, column: &ColumnShape, tally: &mut Tally) -> Result<()> {
+    let sql = "with recursive chain as (
+                 select oid, typtype, typbasetype, typtypmod, typnotnull, 0 as depth from pg_type where oid = to_regtype($1::text)
+                 union all
+                 select b.oid, b.typtype, b.typbasetype, b.typtypmod, b.typnotnull, depth + 1
+                 from chain c join pg_type b on b.oid = c.typbasetype where c.typtype = 'd')
+               select coalesce(bool_or(typtype = 'd' and (typnotnull or exists (
+                        select from pg_constraint where contypid = chain.oid))), false),
+                      (select format_type(b.oid, (select max(typtypmod) from chain))
+                       from chain b order by depth desc limit 1)
+               from chain";
+    let row = p.one(sql, &[text(&column.sql_type)]).await?;
+    if row.get(0) {
+        tally.fail(
+            format!(
+                "{}: type {} is a domain with constraints, and to add such a column rewrites the table",
+                column.name, column.sql_type
+            ),
+            format!("set columns.type to what it is made of, {}", row.get::<_, String>(1)),
+        );
+    }
+    Ok(())
 }
 
 /// Values that are there already stay: batches fill NULLs only. So wrong ones would block the flip for ever.

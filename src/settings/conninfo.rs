@@ -130,6 +130,12 @@ pub(super) fn accept(pairs: Vec<(String, String)>) -> Result<Params, String> {
     Ok(params)
 }
 
+/// Whether there is a password in it.
+pub(super) fn has_password(text: &str) -> bool {
+    // One that cannot be read may have one.
+    parse(text).map_or(text.contains("password") || text.contains('@'), |p| p.contains_key("password"))
+}
+
 /// The same string with `***` for its password, or only `***` if it cannot be parsed.
 pub(super) fn redact(text: &str) -> String {
     if parse(text).is_err() {

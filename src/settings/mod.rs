@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-pub use show::{Reference, example, reference, reference_markdown};
+pub use show::{Reference, example, reference, reference_markdown, refuse_secret};
 pub use target::{HostSpec, Roots, Target, TlsSpec};
 pub(crate) use validate::log_filter;
 

@@ -8,6 +8,7 @@ use serde::Serializer;
 use serde_json::Value as Json;
 
 use super::{Settings, conninfo};
+use crate::error::{Error, Result};
 
 /// What a value looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +89,26 @@ pub fn reference() -> Vec<Reference> {
         (section, text[section..].find(&format!("\"{name}\":")))
     });
     scalars
+}
+
+/// Refuses a secret that comes from a command line, which every user of the machine can read.
+///
+/// # Errors
+/// An input error with the key, and not the value.
+pub fn refuse_secret(key: &str, value: &str) -> Result<()> {
+    let format = reference().into_iter().find(|r| r.key == key).map(|r| r.format);
+    let (secret, instead) = match format {
+        Some(Format::Secret) => (true, format!("use {key}_file where there is one, or the environment")),
+        Some(Format::Conninfo) => {
+            (conninfo::has_password(value), "use BACKFILLD_DATABASE__URL or database.password_file".to_owned())
+        }
+        _ => (false, String::new()),
+    };
+    if !secret {
+        return Ok(());
+    }
+    Err(Error::input(format!("--set {key}: a secret on a command line could be read by every user of this machine"))
+        .with_hint(instead))
 }
 
 fn schema() -> Json {

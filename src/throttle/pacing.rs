@@ -21,8 +21,8 @@ pub const TICK: Duration = Duration::from_millis(500);
 pub const FLOOR: f64 = 0.05;
 /// The pace at first, and when somebody comes: of a fifth in short pieces little is felt, and it is left within seconds where nobody is there.
 const START: f64 = 0.2;
-/// The highest pace while others work: they are to find some rest.
-const MOST_BESIDE_OTHERS: f64 = 0.8;
+/// The highest pace while others work: beyond it pieces grow, and what they do to others grows faster than the rate.
+const MOST_BESIDE_OTHERS: f64 = 0.5;
 /// The shortest piece of a batch. Who needs a core that a piece uses waits for the rest of it, or for the scheduler's next look, which
 /// is some milliseconds as well (docs/throttle.md). Less is mostly what a piece costs whatever its size.
 const SHORTEST: Duration = Duration::from_micros(500);
@@ -46,10 +46,10 @@ const HEAVY: f64 = 3.0;
 const RECENT: usize = 24;
 /// A median that differs from that of all by no more than this says nothing: it is a few of them.
 const STEADY: std::ops::Range<f64> = 0.8..1.25;
-/// The part of the budget that our small transactions may use. They are shorter than an application's and feel less of what batches do:
-/// where pgbench's took 1.1 to 1.3 times as long in all but the slowest hundredth, as much of ours was slow as if they had taken 1.1 to
-/// 1.2 times as long (docs/throttle.md has what came of it).
-const OURS: f64 = 0.8;
+/// The part of the budget that our small transactions may use. An application's are longer, and wait for each other where many come:
+/// with all of it, pgbench's p99 was 1.07 times as long beside batches at 200 transactions per second, 1.4 times at 1000
+/// (docs/throttle.md has what came of this).
+const OURS: f64 = 0.9;
 /// How sharp the line is between slow and not, as the power of the distance from it: at half of it a 257th, at twice of it all but that.
 /// With a sharp line it would be one transaction in a hundred that says something, and the pace a matter of chance.
 const SHARP: i32 = 8;
@@ -314,7 +314,10 @@ mod tests {
 
         /// The highest of these paces at which the application feels no more than this.
         fn highest(&mut self, budget: f64) -> f64 {
-            [0.8, 0.6, 0.45, 0.3, 0.2, 0.14, 0.1, 0.07].into_iter().find(|p| self.felt(*p) <= budget).unwrap_or(0.05)
+            [MOST_BESIDE_OTHERS, 0.4, 0.3, 0.2, 0.14, 0.1, 0.07]
+                .into_iter()
+                .find(|p| self.felt(*p) <= budget)
+                .unwrap_or(0.05)
         }
 
         /// Half a second: five looks, about one of three without batches.
@@ -353,10 +356,11 @@ mod tests {
             let (mut plant, mut pacer) = (Plant::new(seed, base, harm, queue), Pacer::default());
             plant.run(&mut pacer, 1200);
             let settled = plant.run(&mut pacer, 1200);
-            let (mean, ideal, most) = (mean(&settled), plant.highest(1.0 + (BUDGET - 1.0) * OURS), plant.highest(BUDGET));
-            let beyond = settled.iter().filter(|p| **p > (most * 1.25).max(FLOOR * 2.0)).count();
-            prop_assert!(beyond <= settled.len() / 4, "{beyond} of {} beyond {most}, {mean}", settled.len());
-            prop_assert!(mean >= ideal * 0.3, "{mean} of {ideal}");
+            let (mean, most) = (mean(&settled), plant.highest(BUDGET));
+            // The line is soft, so it is not exactly the slowest hundredth that is a quarter longer.
+            let felt = plant.felt(mean);
+            prop_assert!(mean <= FLOOR * 1.25 || felt <= 1.0 + (BUDGET - 1.0) * 1.5, "{felt} times at {mean}");
+            prop_assert!(mean >= most * 0.3, "{mean} of {most}");
             let far = settled.iter().filter(|p| **p < mean / 1.8 || **p > mean * 1.8).count();
             prop_assert!(far <= settled.len() / 10, "{far} of {} are far from {mean}", settled.len());
         }

@@ -119,8 +119,9 @@ impl Proof {
             literal(&self.shape.job),
             keys.join(", ")
         );
-        for finding in self.findings.iter_mut().filter(|f| f.kind == UNFILLED) {
-            finding.condition = format!("({}) and {accepted}", finding.condition);
+        // The value of such a row may be one that cannot be computed: it is not tried.
+        for finding in self.findings.iter_mut().filter(|f| f.kind == UNFILLED || f.kind.starts_with("agree:")) {
+            finding.condition = format!("case when {accepted} then {} end", finding.condition);
         }
         self.groups = None;
         self

@@ -70,14 +70,14 @@ async fn repair(client: &mut Client, shape: &Shape, keys: &[Vec<String>], out: &
             out.repaired += n;
             out.left += keys.len() as u64 - n;
         }
-        Err(e) if e.retry() == Retry::Never && crate::backfill::is_about_a_row(e.sqlstate().unwrap_or_default()) => {
+        Err(e) if e.retry() == Retry::Never && crate::error::is_about_a_row(e.sqlstate().unwrap_or_default()) => {
             for key in keys {
                 match persist(client, shape, std::slice::from_ref(key)).await {
                     Ok(n) => {
                         out.repaired += n;
                         out.left += 1 - n;
                     }
-                    Err(e) if crate::backfill::is_about_a_row(e.sqlstate().unwrap_or_default()) => {
+                    Err(e) if crate::error::is_about_a_row(e.sqlstate().unwrap_or_default()) => {
                         *out.refused.entry(e.sqlstate().unwrap_or_default().to_owned()).or_default() += 1;
                     }
                     Err(e) => return Err(e),

@@ -417,3 +417,22 @@ async fn what_cannot_be_tried_is_said_with_what_to_do_about_it() {
     );
     wait_until("nobody is left", async || leftovers(&ledger).await == 0).await;
 }
+
+#[tokio::test]
+async fn a_job_that_was_stopped_between_the_flip_and_its_confirmation_goes_on() {
+    let db = TestDb::new(Template::Rows(ROWS)).await;
+    let ledger = Ledger::new(&db).await;
+    let job = job();
+    let cli = Cli::new(&db);
+    let killed = cli.clone().env("BACKFILLD_FAULT", "before-confirm").run(&["run", "--once", job.path()]).await;
+    assert_eq!((killed.code, ledger.phase().await), (None, "flip".into()), "{killed:#?}");
+    let plans =
+        "select count(*) from backfilld.query_plan p where stage = 'before' and p::text like '%auth_user_id = %'";
+    assert_eq!(ledger.number(plans).await, 0);
+    cli.run(&["pause", JOB]).await.expect(0, "");
+    cli.run(&["resume", JOB]).await.expect(0, "");
+    assert_eq!(ledger.phase().await, "verify", "nobody knows what happened meanwhile");
+    cli.run(&["run", "--once", job.path()]).await.expect(0, "the job is done");
+    assert!(ledger.is("select bool_and(passed) from backfilld.access_run where stage = 'after'").await);
+    assert_eq!((ledger.number(plans).await, leftovers(&ledger).await), (0, 0));
+}

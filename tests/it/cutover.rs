@@ -189,6 +189,10 @@ async fn a_flip_that_would_not_do_what_the_job_says_changes_nothing() {
              alter function public.add_message(uuid, text, text, text, jsonb) owner to app_owner",
             "cannot change name of input parameter",
         ),
+        (
+            "alter function public.add_message(uuid, text, text, text, jsonb) set work_mem = '5MB'",
+            "function public.add_message(uuid, text, text, text, jsonb) has changed since the job began",
+        ),
     ];
     for (sql, says) in cases {
         let (db, ledger, job) = before("flip", |_| ()).await;

@@ -190,6 +190,15 @@ async fn a_column_that_is_there_must_be_fit_to_be_filled() {
     );
     plant(&db, &column(&format!("{add} uuid"))).await;
     expect(&report(&db, &shipped()).await, "existing_column", Status::Pass, "there, empty and nullable");
+    plant(&db, &column("create domain public.owner as uuid; create domain public.some_owner as public.owner check (value <> '00000000-0000-0000-0000-000000000000')")).await;
+    let of = |name: &str| {
+        let mut spec = shipped();
+        spec.columns[0].sql_type = Some(name.into());
+        spec
+    };
+    expect(&report(&db, &of("public.owner")).await, "existing_column", Status::Pass, "new");
+    let says = "is a domain with constraints, and to add such a column rewrites the table";
+    expect(&report(&db, &of("public.some_owner")).await, "existing_column", Status::Fail, says);
 }
 
 #[tokio::test]

@@ -107,3 +107,33 @@ async fn accepted_rows_no_longer_block_the_flip_of_a_nullable_column() {
     cli.run(&["run", "--once", job.path()]).await.expect(0, "done");
     assert_eq!(ledger.unfilled().await, 3);
 }
+
+/// The server's message quotes the value, and goes to those who may not see it: the ledger, the log, a webhook.
+#[tokio::test]
+async fn a_value_that_cannot_be_converted_is_nowhere_told_and_can_be_accepted() {
+    let (job, db) = (JobDir::shipped(), TestDb::new(Template::Rows(300)).await);
+    let ledger = Ledger::new(&db).await;
+    let chosen = "(select conversation_id from public.messages order by id limit 1)";
+    let value = "(case c.title when 'credit card' then c.title else c.auth_user_id::text end)::uuid";
+    job.replace("value = \"c.auth_user_id\"", &format!("value = \"{value}\""));
+    job.replace("not_null = true", "not_null = false");
+    job.edit("job.toml", |text| {
+        let from = text.find("[[agree]]").expect("a path");
+        let to = text.find("# What the application's own UPDATE").expect("what follows");
+        format!("{}{}", &text[..from], &text[to..])
+    });
+    job.replace("[target]", "hold_before = [\"backfill\"]\n[target]");
+    let cli = Cli::new(&db).env("BACKFILLD_LOG__LEVEL", "debug");
+    cli.run(&["run", "--once", job.path()]).await.expect(5, "hold point before backfill");
+    ledger.run(&format!("update public.conversations set title = 'credit card' where id = {chosen}")).await;
+    cli.run(&["cutover", JOB]).await.expect(0, "");
+    let failed = cli.run(&["run", "--once", job.path()]).await;
+    failed.expect(1, "SQLSTATE 22P02");
+    assert!(!failed.stderr.contains("credit card"), "{failed:#?}");
+    let everywhere = "select (select string_agg(j.reason || j.hint, '') from backfilld.job j) || (select string_agg(e::text, '') from backfilld.event e)
+                        || (select string_agg(q::text, '') from backfilld.quarantine q)";
+    let told: String = ledger.client.query_one(everywhere, &[]).await.expect("the ledger").get(0);
+    assert!(told.contains("22P02") && !told.contains("credit card"), "{told}");
+    cli.run(&["quarantine", "accept", JOB, "--all", "--why", "ticket 9"]).await.expect(0, "");
+    cli.run(&["verify", JOB]).await.expect(0, "");
+}

@@ -172,6 +172,11 @@ async fn what_others_changed_meanwhile_is_left_alone_and_told() {
     ledger
         .run("create policy theirs on public.messages using (false); drop trigger messages_touch on public.messages")
         .await;
+    ledger.run("comment on column public.messages.auth_user_id is 'theirs'").await;
+    cli.run(&["rollback", JOB, "--yes"]).await.expect(0, "");
+    let comment = "select col_description(attrelid, attnum) = 'theirs' from pg_attribute
+                   where attrelid = 'public.messages'::regclass and attname = 'auth_user_id'";
+    assert!(ledger.is(comment).await);
     let told = cli.run(&["rollback", JOB, "--yes", "--drop-column"]).await;
     told.expect(0, "");
     assert!(told.stdout.contains("\"theirs\" is new"), "{told:#?}");
@@ -201,4 +206,37 @@ async fn the_exported_migration_makes_what_the_daemon_made_and_its_down_file_und
     assert_eq!((ledger.unfilled().await, ledger.drift().await), (0, 0));
     ledger.run(&file("down")).await;
     assert_eq!(schema_dump(&fresh, &[]), before);
+}
+
+/// The triggers stop the application then, and who wants to be rid of them has no time to put it in order.
+#[tokio::test]
+async fn the_way_back_is_open_where_the_catalog_is_no_longer_as_the_job_says() {
+    let column = "alter table public.conversations rename column auth_user_id to owner_uid";
+    let target = "drop table public.messages";
+    for (sql, told) in [(column, ""), (target, "table public.messages is gone")] {
+        let (db, ledger) = particular().await;
+        let cli = Cli::new(&db);
+        cli.run(&["run", "--once", job().path()]).await.expect(0, "");
+        ledger.run(sql).await;
+        let ended = cli.run(&["rollback", JOB, "--yes", "--drop-column"]).await;
+        ended.expect(0, "without the catalog");
+        assert!(ended.stdout.contains(told), "{ended:#?}");
+        assert_eq!(ledger.status().await, "rolled_back");
+        let left = "select (select count(*) from pg_trigger where tgname like 'zzz_backfilld%')
+                         + (select count(*) from pg_namespace where nspname = 'backfilld_sync')
+                         + (select count(*) from pg_attribute where attname = 'auth_user_id'
+                            and attrelid = to_regclass('public.messages'))
+                         + (select count(*) from backfilld.object)";
+        assert_eq!(ledger.number(left).await, 0, "{sql}");
+        cli.run(&["uninstall", JOB, "--yes"]).await.expect(0, "");
+    }
+    // The old policies read it.
+    let (db, ledger) = particular().await;
+    let cli = Cli::new(&db);
+    cli.run(&["run", "--once", job().path()]).await.expect(0, "");
+    ledger.run("alter table public.conversations rename to chats").await;
+    cli.run(&["rollback", JOB, "--yes"]).await.expect(1, "relation \"public.conversations\" does not exist");
+    ledger.run("alter table public.chats rename to conversations").await;
+    cli.run(&["rollback", JOB, "--yes"]).await.expect(0, "");
+    assert_eq!(ledger.reason().await, "everything is as it was");
 }

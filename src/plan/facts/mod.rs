@@ -114,6 +114,33 @@ impl Facts {
     }
 }
 
+impl Facts {
+    /// For a rollback where the catalog is no longer as the job says: it goes by what is noted as ours.
+    pub fn unknown(spec: &JobSpec) -> Self {
+        let target = Table {
+            name: spec.target.table.clone(),
+            oid: 0,
+            kind: '?',
+            owner: String::new(),
+            rows_estimate: -1.0,
+            pages_estimate: 0,
+            access_method: String::new(),
+            columns: Vec::new(),
+        };
+        let shape = Shape {
+            job: spec.name.clone(),
+            target: spec.target.table.clone(),
+            key: Vec::new(),
+            joins: Vec::new(),
+            columns: Vec::new(),
+            exempt_login: None,
+            no_equality: BTreeSet::new(),
+        };
+        let (server_version, login) = (0, String::new());
+        Self { server_version, login, target, sources: Vec::new(), existing: Vec::new(), shape, agree: Vec::new() }
+    }
+}
+
 fn existing(target: &Table, column: &Column) -> Option<ExistingColumn> {
     target.columns.iter().find(|c| c.name == column.name.as_str()).map(|c| ExistingColumn {
         sql_type: c.sql_type.clone(),
