@@ -65,6 +65,10 @@ impl Running<'_> {
                 users::MOST_TOUCHED
             ));
         }
+        for why in &sets.undecided {
+            complete = false;
+            notes.push(format!("not decided by sets: {why}; access.statement_timeout may be too short"));
+        }
         let functions = self.functions(&rules);
         let stranger = users::stranger(ctx, client, &people).await?;
         let explain = Explain { ctx, access: self.access, client, rules: &rules, stranger: stranger.clone() };
@@ -139,6 +143,14 @@ impl Running<'_> {
         match &sets.not_made {
             Some(why) => notes.push(format!("not compared by sets: {why}")),
             None => {
+                let hidden = sets::hidden(self.ctx, &self.session.client).await?;
+                if !hidden.is_empty() {
+                    notes.push(format!(
+                        "by sets, whoever asks sees all rows of {}, though policies of theirs hide some: what that changes shows only \
+                         for those who were tried as enforced",
+                        hidden.join(", ")
+                    ));
+                }
                 let mut client = self.ctx.client().await?;
                 let tx = client.transaction().await?;
                 lease::fence(&*tx, &self.ctx.lease).await?;

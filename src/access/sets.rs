@@ -39,6 +39,8 @@ pub struct Sets {
     pub writes: Vec<Differing>,
     /// Why it was not made.
     pub not_made: Option<String>,
+    /// Users were seen to differ, and it could not be told whether they do: why.
+    pub undecided: Vec<String>,
 }
 
 /// A command for which policies let other rows through.
@@ -58,7 +60,7 @@ pub struct Differing {
 
 /// Compares for each role that acts for users, each command, and rows that are there and that are written: those of the table
 /// stand for both. What one UPDATE or DELETE with a condition does is also bounded by the policies for SELECT, one without
-/// is not, and nobody tries that on a whole table; so for writes this is the proof.
+/// is not, and nobody tries that on a whole table; so for writes this is the proof, but for what [`hidden`] names.
 ///
 /// # Errors
 /// Database errors, interrupted.
@@ -110,14 +112,33 @@ pub async fn compare(ctx: &Context, client: &Client, access: &Access, rules: &Ru
             Ok(_) => {}
             Err(e) if e.sqlstate().is_some() && e.retry() == Retry::Never || e.sqlstate() == Some("57014") => {
                 ctx.check()?;
-                let why = format!("{} users who may differ in {}: {}", candidates.len(), of[0].1, e.line());
-                out.not_made = Some(out.not_made.map_or(why.clone(), |before| format!("{before}; {why}")));
+                let why =
+                    format!("{} users who may differ in {}: {}", candidates.len(), of[0].1, e.line_without_values());
+                out.undecided.push(why);
             }
             Err(e) => return Err(e),
         }
     }
     out.duration_ms = began.elapsed().as_millis() as i64;
     Ok(out)
+}
+
+/// Tables that the target's policies read and that have row level security: as enforced, a policy sees of them what its user may see;
+/// by sets it sees everything.
+///
+/// # Errors
+/// Database errors.
+pub async fn hidden(ctx: &Context, client: &Client) -> Result<Vec<String>> {
+    let rows = client
+        .query(
+            "select distinct c.oid::regclass::text from pg_policy p
+             join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass
+             join pg_class c on c.oid = d.refobjid
+             where p.polrelid = to_regclass($1) and c.oid <> p.polrelid and c.relrowsecurity order by 1",
+            &[&ctx.spec.target.table.sql()],
+        )
+        .await?;
+    Ok(rows.iter().map(|r| r.get(0)).collect())
 }
 
 /// Those of `candidates` for whom both conditions differ in one snapshot, and the rows of these users under each. The snapshot is

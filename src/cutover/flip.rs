@@ -46,6 +46,7 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         Some(_) => vec![(target, Strength::Everything)],
         None => Vec::new(),
     };
+    let proven = verify::standing::proven(&session.client, ctx.job()).await?;
     // None of this is the flip's own work, so it need not be read under the lock.
     let around = verify::state::around(&session.client, &ctx.spec, &ctx.facts.shape).await?;
     // Functions first: replacing them locks no table, and policies take ACCESS EXCLUSIVE until the commit.
@@ -59,6 +60,12 @@ pub async fn run(ctx: &Context) -> Result<Outcome> {
         let after = verify::state::State::read(tx, &ctx.spec, &ctx.facts);
         let (_, _, mut after) =
             tokio::try_join!(assert_after(ctx, tx), objects::created(tx, ctx.job(), "flip", &table), after)?;
+        // It may have waited for the lock for long.
+        let changed = verify::state::differences(&proven, &after.data);
+        if !changed.is_empty() {
+            return Err(Error::refused(format!("what was verified has changed since: {}", changed.join("; ")))
+                .with_hint(format!("to verify again: backfilld resume {}", ctx.job())));
+        }
         after.access.extend(around.clone());
         verdict::store_flipped(tx, ctx.job(), &verify::json(&after.access)?).await
     })

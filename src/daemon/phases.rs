@@ -14,6 +14,7 @@ use crate::ledger::plans::Stage;
 use crate::ledger::verdict::Verdict;
 use crate::ledger::{checkpoint, event, lease};
 use crate::phase::{Phase, Status};
+use crate::plan::Facts;
 use crate::report::explain;
 use crate::{access, backfill, expand, fault, metrics, rollback, verify, watch};
 
@@ -149,6 +150,12 @@ impl Phases<'_> {
     async fn verify(&self) -> Result<Outcome> {
         let ctx = self.ctx;
         access::clean(ctx).await?;
+        // Which triggers there have to be depends on keys of the tables.
+        let now = Facts::read(&**ctx.client().await?, &ctx.spec, ctx.settings.database.dedicated_login).await?;
+        if now.shape != ctx.facts.shape {
+            // An error as a lost connection is one: it starts over, with what is there now.
+            return Err(Error::new(Kind::Connect, "tables of the job are others than when this run began"));
+        }
         let mut verdict = self.proof().await?;
         if verdict.counts.get(verify::DRIFT).is_some_and(|n| *n > 0) && backfill::settle::run(ctx).await? > 0 {
             verdict = self.proof().await?;

@@ -137,8 +137,41 @@ async fn policies(p: &Probe<'_>, facts: &Facts, access: &Access, tally: &mut Tal
         );
         return Ok(());
     }
+    left_out(p, access, &before, &after, tally).await?;
     owners::role_functions(p, &before.iter().chain(&after).collect::<Vec<_>>(), tally).await?;
     owners::several(p, facts, access, &before, &after, tally).await
+}
+
+/// Roles with a right on the table that are in no list, and for which other policies are to hold than now: nobody would see what that
+/// does to them.
+async fn left_out(p: &Probe<'_>, access: &Access, before: &[Rule], after: &[Rule], tally: &mut Tally) -> Result<()> {
+    let rows = p
+        .rows(
+            "select r.rolname::text, array(select m.rolname::text from pg_roles m where pg_has_role(r.oid, m.oid, 'USAGE'))
+             from pg_class c cross join lateral aclexplode(c.relacl) as x join pg_roles r on r.oid = x.grantee
+             where c.oid = to_regclass($1::text) and r.oid <> c.relowner and not r.rolsuper and not r.rolbypassrls
+               and not pg_has_role(r.oid, c.relowner, 'USAGE')
+             group by r.oid, r.rolname order by 1",
+            &[text(&p.spec.target.table.sql())],
+        )
+        .await?;
+    let lists = [&access.roles, &access.anonymous, &access.bypass];
+    for row in rows {
+        let (role, is): (String, Vec<String>) = (row.get(0), row.get(1));
+        if lists.iter().any(|l| l.iter().any(|r| r.as_str() == role)) {
+            continue;
+        }
+        let holds = |r: &&Rule| r.roles.iter().any(|of| of == "public" || is.contains(of));
+        let (then, now): (Vec<_>, Vec<_>) =
+            (before.iter().filter(holds).collect(), after.iter().filter(holds).collect());
+        if then != now {
+            tally.fail(
+                format!("{role} may use the table, other policies are to hold for it, and [access] does not name it"),
+                "name it in access.roles or access.anonymous, so that it is compared, or revoke its rights on the table",
+            );
+        }
+    }
+    Ok(())
 }
 
 async fn writes(p: &Probe<'_>, access: &Access, tally: &mut Tally) -> Result<()> {

@@ -3,9 +3,12 @@
 use super::check::{Check, Tally};
 use super::probe::{Probe, text};
 use crate::error::Result;
-use crate::job::spec::TriggerMode;
-use crate::plan::Facts;
+use crate::job::spec::{TARGET_ALIAS, TriggerMode};
+use crate::job::{JobSpec, lex};
+use crate::ledger::job as jobs;
+use crate::phase::Status as JobStatus;
 use crate::plan::shape::SYNC_SCHEMA;
+use crate::plan::{Facts, Shape};
 
 /// `tgtype` bits (src/include/catalog/pg_trigger.h).
 const ROW: i16 = 1;
@@ -31,7 +34,8 @@ struct Trigger {
 /// The connection is gone.
 pub async fn checks(p: &Probe<'_>, facts: &Facts) -> Result<Vec<Check>> {
     let found = triggers(p, facts).await;
-    let both = found.map(|t| vec![trigger_order(facts, &t), side_effects(p, facts, &t)]);
+    let jobs = other_jobs(p, facts).await;
+    let both = found.and_then(|t| Ok(vec![trigger_order(facts, &t, &jobs?), side_effects(p, facts, &t)]));
     let mut out = p.settle_all(&["trigger_order", "side_effects"], both)?;
     out.push(p.settle("rules", rules(p, facts).await)?);
     out.push(p.settle("publications", publications(p, facts).await)?);
@@ -71,8 +75,49 @@ impl Trigger {
     }
 }
 
+/// Other jobs on this target that would derive in the wrong order: one has to fill a column before the other reads it, and their triggers
+/// fire in the order of the jobs' names.
+async fn other_jobs(p: &Probe<'_>, facts: &Facts) -> Result<Vec<String>> {
+    let there = "select to_regclass('backfilld.job') is not null";
+    if !p.one(there, &[]).await?.get::<_, bool>(0) {
+        return Ok(Vec::new());
+    }
+    let ours = facts.shape.trigger("upd");
+    let fills: Vec<&str> = facts.shape.columns.iter().map(|c| c.name.as_str()).collect();
+    let reads = facts.shape.reads(TARGET_ALIAS);
+    let mut out = Vec::new();
+    for row in jobs::all(p.client).await?.into_iter().filter(|j| j.status != JobStatus::RolledBack) {
+        let Ok(spec) = serde_json::from_value::<JobSpec>(row.spec) else { continue };
+        if spec.name == p.spec.name || spec.target.table != p.spec.target.table {
+            continue;
+        }
+        let theirs = Shape { job: spec.name.clone(), ..facts.shape.clone() }.trigger("upd");
+        for column in spec.columns.iter().filter(|c| reads.contains(&c.name) && theirs > ours) {
+            out.push(format!(
+                "job {} fills {}, which this job reads, and its triggers fire after ours",
+                spec.name, column.name
+            ));
+        }
+        let values = spec.columns.iter().flat_map(|c| lex::references(&c.value, &[TARGET_ALIAS]).unwrap_or_default());
+        let joined = spec.source.iter().flat_map(|s| s.on.values()).filter(|r| r.alias.as_str() == TARGET_ALIAS);
+        let read: Vec<String> = values.map(|r| r.column).chain(joined.map(|r| r.column.as_str().to_owned())).collect();
+        for column in fills.iter().filter(|c| read.iter().any(|r| r == *c) && ours > theirs) {
+            out.push(format!(
+                "job {} reads {column}, which this job fills, and its triggers fire before ours",
+                spec.name
+            ));
+        }
+    }
+    Ok(out)
+}
+
 /// BEFORE triggers fire in the order of their names; one behind ours could change what ours derived from (hazard 12).
-fn trigger_order(facts: &Facts, triggers: &[Trigger]) -> Check {
+fn trigger_order(facts: &Facts, triggers: &[Trigger], jobs: &[String]) -> Check {
+    if let Some(first) = jobs.first() {
+        return Check::fail("trigger_order", first.clone())
+            .count(jobs.len() as i64)
+            .hint("give this job another name: triggers fire in the order of the jobs' names, and what is read has to be filled first");
+    }
     let late: Vec<String> = triggers
         .iter()
         .filter(|t| t.kind & ROW != 0 && t.kind & BEFORE != 0 && t.kind & (INSERT | UPDATE) != 0 && t.enabled != "D")

@@ -47,6 +47,15 @@ pub async fn reasons(client: &impl GenericClient, spec: &JobSpec, facts: &Facts)
     Ok(out)
 }
 
+/// The tables, columns and triggers on which the last verdict was made.
+///
+/// # Errors
+/// Database errors.
+pub async fn proven(client: &impl GenericClient, job: &str) -> Result<state::Items> {
+    let then = verdict::last(client, job).await?.and_then(|last| last.state);
+    then.map(parse::<State>).transpose().map(|state| state.unwrap_or_default().data)
+}
+
 /// Policies, functions and what leads around them as the flip left them; `None` before the flip.
 ///
 /// # Errors

@@ -69,9 +69,10 @@ pub async fn look(ctx: &Context, session: &Session, watch: &Watch, all: bool, no
     Ok(keys)
 }
 
-/// Chunks of one look, so that the whole table is looked at in the time of the watch.
+/// Chunks of one look, so that the whole table is looked at in the time of the watch, even where a look takes as long as the time
+/// between two.
 fn chunks(watch: &Watch, pages: i64, chunk: i64) -> i64 {
-    let looks = (watch.lasts.as_secs_f64() / watch.every.as_secs_f64().max(0.001)).floor().max(1.0);
+    let looks = (watch.lasts.as_secs_f64() / watch.every.as_secs_f64().max(0.001) / 2.0).floor().max(1.0);
     let all = (pages / chunk + 1) as f64;
     (all / looks).ceil().max(1.0) as i64
 }
@@ -87,7 +88,7 @@ mod tests {
         let day = Watch { lasts: Duration::from_secs(86_400), every: Duration::from_secs(300) };
         assert_eq!(chunks(&day, 100, 4096), 1, "a small table each time");
         let all = 10_000_000 / 4096 + 1;
-        assert!(chunks(&day, 10_000_000, 4096) * 288 >= all);
+        assert!(chunks(&day, 10_000_000, 4096) * 144 >= all);
         let once = Watch { lasts: Duration::from_secs(1), every: Duration::from_secs(5) };
         assert_eq!(chunks(&once, 10_000_000, 4096), all);
     }

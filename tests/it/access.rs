@@ -436,3 +436,19 @@ async fn a_job_that_was_stopped_between_the_flip_and_its_confirmation_goes_on() 
     assert!(ledger.is("select bool_and(passed) from backfilld.access_run where stage = 'after'").await);
     assert_eq!((ledger.number(plans).await, leftovers(&ledger).await), (0, 0));
 }
+
+/// Policies can read other tables, and what is in them counts as well.
+#[tokio::test]
+async fn what_was_compared_before_a_hold_is_compared_again_behind_it() {
+    let db = TestDb::new(Template::Rows(ROWS)).await;
+    let ledger = Ledger::new(&db).await;
+    let job = job();
+    job.replace("[target]", "hold_before = [\"flip\"]\n[target]");
+    let cli = Cli::new(&db);
+    cli.run(&["run", "--once", job.path()]).await.expect(5, "hold point before flip");
+    cli.run(&["cutover", JOB]).await.expect(0, "");
+    cli.run(&["run", "--once", job.path()]).await.expect(0, "the job is done");
+    assert_eq!(ledger.number("select count(*) from backfilld.access_run where stage = 'before' and passed").await, 2);
+    let told = "select bool_and(notes::text like '%sees all rows of public.conversations%') from backfilld.access_run where stage = 'before'";
+    assert!(ledger.is(told).await, "the old policies read it, and it has policies of its own");
+}

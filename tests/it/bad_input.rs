@@ -189,7 +189,7 @@ async fn the_password_is_nowhere() {
         assert!(!text.contains(&password), "the password is in {place}: {text}");
     }
     let argument = format!("database.url={}", db.url(DAEMON));
-    cli.run(&["--set", &argument, "config", "show"]).await.expect(2, "holds a password");
+    cli.run(&["--set", &argument, "config", "show"]).await.expect(2, "a secret on a command line");
 }
 
 async fn http(port: u16, path: &str) -> String {

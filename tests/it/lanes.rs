@@ -11,6 +11,13 @@ use crate::throttle_servers::World;
 /// Few rows on many pages: two lanes' worth.
 const SPREAD: [&str; 2] = ["alter table public.messages set (fillfactor = 10)", "vacuum full public.messages"];
 
+/// As many pages, a row on each, so that one round is enough.
+const WIDE: [&str; 3] = [
+    "alter table public.messages alter column content set storage plain",
+    "begin; set local session_replication_role = replica; update public.messages set content = repeat('x', 4100); commit",
+    "vacuum full public.messages",
+];
+
 /// Over a connection that counts as one of the daemon's.
 async fn unnoticed(world: &World) -> Ledger {
     let url = world.cluster.url(SUPERUSER, "app") + "?application_name=backfilld/test";
@@ -48,9 +55,9 @@ async fn a_second_lane_works_while_nobody_else_does() {
 
 #[tokio::test]
 async fn a_second_lane_waits_for_the_first_while_somebody_else_works() {
-    let (job, world) = (job("0s"), World::start(7000, &[]).await);
+    let (job, world) = (job("0s"), World::start(2100, &[]).await);
     let ledger = &world.ledger;
-    for sql in SPREAD {
+    for sql in WIDE {
         ledger.run(sql).await;
     }
     // This test asks all the time, and so counts as an application.

@@ -773,3 +773,39 @@ async fn psql_runs_the_shipped_validation_queries() {
     let out = psql(&db, shipped_file).expect("psql is there");
     assert!(out.contains("1 | FAIL"), "{out}");
 }
+
+#[tokio::test]
+async fn of_two_jobs_on_a_table_the_one_that_is_read_from_comes_first() {
+    let db = clean_db().await;
+    let dir = crate::support::JobDir::with("hold_before = [\"backfill\"]");
+    crate::support::Cli::new(&db).run(&["run", "--once", dir.path()]).await.expect(5, "hold point");
+    let of = |name: &str, column: &str, value: &str| {
+        let mut spec = shipped();
+        (spec.name, spec.columns[0].value) = (name.into(), value.into());
+        spec.columns[0].name = backfilld::pg::ident::Ident::new(column).expect("a name");
+        spec
+    };
+    let reads = "coalesce(c.auth_user_id, t.auth_user_id)";
+    let says = "job messages_auth_user_id fills auth_user_id, which this job reads, and its triggers fire after ours";
+    expect(&report(&db, &of("a_reader", "owner", reads)).await, "trigger_order", Status::Fail, says);
+    expect(&report(&db, &of("z_reader", "owner", reads)).await, "trigger_order", Status::Pass, "");
+    let says =
+        "job messages_auth_user_id reads conversation_id, which this job fills, and its triggers fire before ours";
+    expect(&report(&db, &of("z_writer", "conversation_id", "c.id")).await, "trigger_order", Status::Fail, says);
+    expect(&report(&db, &of("a_writer", "conversation_id", "c.id")).await, "trigger_order", Status::Pass, "");
+}
+
+#[tokio::test]
+async fn a_role_for_which_other_policies_will_hold_has_to_be_compared() {
+    let db = clean_db().await;
+    plant(
+        &db,
+        "drop role if exists partner_api; create role partner_api; grant select on public.messages to partner_api",
+    )
+    .await;
+    let says = "partner_api may use the table, other policies are to hold for it, and [access] does not name it";
+    // The old ones are for everybody.
+    expect(&report(&db, &shipped()).await, "access", Status::Fail, says);
+    plant(&db, "drop owned by partner_api; drop role partner_api").await;
+    expect(&report(&db, &shipped()).await, "access", Status::Pass, "");
+}

@@ -116,9 +116,14 @@ async fn expressions_that_the_triggers_could_not_follow_are_refused() {
         ("row(p.id, p.owner)", "columns[0]"),
         ("clock_timestamp()::text", "volatile"),
         ("p.owner || pg_catalog.random()::text", "volatile"),
+        ("p.owner || current_setting('a.b')", "current_setting depends on the session or the moment"),
+        ("p.owner || pg_catalog.now()::text", "now depends on"),
+        ("p.owner || current_user", "current_user depends on"),
+        ("public.of_parent(p.owner)", "function public.of_parent is not IMMUTABLE"),
     ] {
         let schema = format!(
-            "{} alter table public.kids add twice text generated always as (body || body) stored",
+            "{} alter table public.kids add twice text generated always as (body || body) stored;
+             create function public.of_parent(text) returns text language sql stable as 'select $1'",
             OWNED.schema
         );
         refused(&schema, &with_value(value), &["columns[0]", part]).await;

@@ -144,14 +144,56 @@ fn check_references(path: &str, shape: &Shape, target: &Table, sources: &[Table]
     Ok(())
 }
 
-/// A value that differs from one evaluation to the next can never be proven. Functions outside of `pg_catalog` are
-/// volatile unless their author thought of saying otherwise, so these are left to the verifier.
+/// Functions and words whose result is that of a session or a moment, though they are not volatile.
+const OF_SESSION: [&str; 5] =
+    ["current_setting", "now", "statement_timestamp", "transaction_timestamp", "pg_backend_pid"];
+const MOMENT: [&str; 10] = [
+    "current_user",
+    "session_user",
+    "current_role",
+    "user",
+    "current_schema",
+    "current_date",
+    "current_time",
+    "current_timestamp",
+    "localtime",
+    "localtimestamp",
+];
+
+/// A value that differs from one evaluation to the next can never be proven, and one that a function reads elsewhere can change
+/// without a trigger noticing.
 async fn check_functions(client: &Client, value: &str, where_: &str) -> Result<()> {
     let tokens = lex::tokens(value).map_err(Error::input)?;
     let names: Vec<&str> = tokens.iter().filter(|t| t.kind != lex::TokenKind::Str).map(|t| t.value.as_str()).collect();
     let called = |i: &usize| names.get(i + 1) == Some(&"(");
     let ours = |i: &usize| *i < 2 || names[i - 1] != "." || names[i - 2] == "pg_catalog";
     let functions: Vec<&str> = (0..names.len()).filter(|i| called(i) && ours(i)).map(|i| names[i]).collect();
+    let mut words = tokens
+        .iter()
+        .enumerate()
+        .filter(|(i, t)| t.kind == lex::TokenKind::Word && (*i == 0 || tokens[i - 1].value != "."));
+    let of_session = functions.iter().copied().find(|f| OF_SESSION.contains(f));
+    if let Some(word) = of_session.or_else(|| words.find_map(|(_, t)| MOMENT.iter().copied().find(|m| t.value == *m))) {
+        return Err(Error::input(format!("{where_}.value: {word} depends on the session or the moment"))
+            .with_hint("another session, or the same one later, would find another value"));
+    }
+    let foreign: (Vec<&str>, Vec<&str>) =
+        (2..names.len()).filter(|i| called(i) && !ours(i)).map(|i| (names[i - 2], names[i])).unzip();
+    let changeable = client
+        .query_opt(
+            "select format('%I.%I', n.nspname, p.proname) from unnest($1::text[], $2::text[]) as x(s, f)
+             join pg_namespace n on n.nspname = s join pg_proc p on p.pronamespace = n.oid and p.proname = f
+             where p.provolatile <> 'i' limit 1",
+            &[&foreign.0, &foreign.1],
+        )
+        .await?;
+    if let Some(row) = changeable {
+        let name: String = row.get(0);
+        return Err(Error::input(format!("{where_}.value: function {name} is not IMMUTABLE")).with_hint(
+            "what it reads could change and no trigger would notice: name the tables that it reads as sources; if it reads none, \
+             declare it IMMUTABLE",
+        ));
+    }
     let found = client
         .query_opt(
             "select proname::text from pg_proc where pronamespace = 'pg_catalog'::regnamespace and proname = any($1)
