@@ -138,7 +138,7 @@ pub struct Column {
     #[serde(default, rename = "type")]
     pub sql_type: Option<String>,
     /// SQL expression for the value over `t` and the source aliases; every column with its alias, every function and
-    /// type outside `pg_catalog` with its schema.
+    /// type outside `pg_catalog` with its schema, and functions IMMUTABLE: what they read elsewhere could change unnoticed.
     pub value: String,
     /// Set NOT NULL once verified.
     #[serde(default)]

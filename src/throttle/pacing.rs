@@ -22,7 +22,7 @@ pub const FLOOR: f64 = 0.05;
 /// The pace at first, and when somebody comes: of a fifth in short pieces little is felt, and it is left within seconds where nobody is there.
 const START: f64 = 0.2;
 /// The highest pace while others work: beyond it pieces grow, and what they do to others grows faster than the rate.
-const MOST_BESIDE_OTHERS: f64 = 0.55;
+const MOST_BESIDE_OTHERS: f64 = 0.5;
 /// The shortest piece of a batch. Who needs a core that a piece uses waits for the rest of it, or for the scheduler's next look, which
 /// is some milliseconds as well (docs/throttle.md). Less is mostly what a piece costs whatever its size.
 const SHORTEST: Duration = Duration::from_micros(500);
@@ -49,7 +49,7 @@ const STEADY: std::ops::Range<f64> = 0.8..1.25;
 /// The part of the budget that our small transactions may use. An application's are longer, and wait for each other where many come:
 /// with all of it, pgbench's p99 was 1.07 times as long beside batches at 200 transactions per second, 1.4 times at 1000
 /// (docs/throttle.md has what came of this).
-const OURS: f64 = 0.95;
+const OURS: f64 = 0.9;
 /// How sharp the line is between slow and not, as the power of the distance from it: at half of it a 257th, at twice of it all but that.
 /// With a sharp line it would be one transaction in a hundred that says something, and the pace a matter of chance.
 const SHARP: i32 = 8;

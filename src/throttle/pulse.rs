@@ -33,7 +33,7 @@ const SPACING_MS: std::ops::Range<u64> = 50..150;
 const SPACING_ALONE: Duration = Duration::from_millis(250);
 /// One of so many finds batches keeping still; until enough is known of how others fare without them, one of two.
 const STILL_EVERY: u32 = 3;
-/// How long it waits for the batches that are under way. Where one takes longer, it is felt at any moment.
+/// How long it waits for the batches that are in flight. Where one takes longer, it is felt at any moment.
 const WAIT_FOR_STILL: Duration = Duration::from_millis(100);
 /// What a round trip takes without a network, which is work of the server's and of ours.
 const LOCAL: Duration = Duration::from_micros(100);
@@ -236,21 +236,25 @@ async fn beat(ctx: &Context, session: &Session, pulse: &Pulse, pacer: &mut Pacer
         let every = if pacer.knows_enough() { STILL_EVERY } else { 2 };
         let still = (compares && turn.is_multiple_of(every)).then(|| Still::keep(&pulse.flights));
         let without = still.is_some()
-            && tokio::time::timeout(WAIT_FOR_STILL, flights.wait_for(|f| f.open == 0)).await.is_ok_and(|f| f.is_ok());
+            && tokio::time::timeout(WAIT_FOR_STILL, flights.wait_for(|f| f.now == 0)).await.is_ok_and(|f| f.is_ok());
         let still = still.filter(|_| without);
+        let begun_before = pulse.flights.borrow().begun;
         let sent = Instant::now();
         pulse.sends();
         let answer = tokio::time::timeout(QUERY_TIMEOUT * 2, felt.run(&session.client, ctx.job())).await;
         let begun = answer.map_err(|_| Error::internal("the server does not answer"))??;
         let took = sent.elapsed();
         pulse.travelled(begun);
+        let begun_after = pulse.flights.borrow().begun;
         drop(still);
         pulse.measured(took);
-        trace!(job = ctx.job(), without, took_us = took.as_micros() as u64, "felt");
-        if without {
-            seen.without.push(took.as_secs_f64())
-        } else {
-            seen.with.push(took.as_secs_f64())
+        let disturbed = without && begun_after != begun_before;
+        trace!(job = ctx.job(), without, disturbed, took_us = took.as_micros() as u64, "felt");
+        match (without, disturbed) {
+            // A batch that had waited for long went on beside it.
+            (true, true) => {}
+            (true, false) => seen.without.push(took.as_secs_f64()),
+            (false, _) => seen.with.push(took.as_secs_f64()),
         }
         if ticked.elapsed() >= TICK {
             ticked = Instant::now();
