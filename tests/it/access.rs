@@ -282,15 +282,18 @@ async fn roles_that_no_policy_stops_and_functions_that_open_up_are_differences()
     has(&all, &["service_role call add_message, foreign row wider", "does what the old one refused"]);
 }
 
-#[tokio::test]
-async fn a_difference_after_the_flip_takes_it_back_and_a_resume_compares_anew() {
-    let db = TestDb::new(Template::Rows(ROWS)).await;
-    let ledger = Ledger::new(&db).await;
-    let job = job();
+async fn released_before_the_flip() -> (TestDb, Ledger, JobDir, Cli) {
+    let (db, ledger) = db().await;
+    let (job, cli) = (job(), Cli::new(&db));
     job.replace("[target]", "hold_before = [\"flip\"]\n[target]");
-    let cli = Cli::new(&db);
     cli.run(&["run", "--once", job.path()]).await.expect(5, "hold point before flip");
     cli.run(&["cutover", JOB]).await.expect(0, "");
+    (db, ledger, job, cli)
+}
+
+#[tokio::test]
+async fn a_difference_after_the_flip_takes_it_back_and_a_resume_compares_anew() {
+    let (db, ledger, job, cli) = released_before_the_flip().await;
     // Killed between the flip and the comparison; meanwhile somebody disables the trigger that derives the owner.
     let killed = cli.clone().env("BACKFILLD_FAULT", "before-confirm").run(&["run", "--once", job.path()]).await;
     assert_eq!(killed.code, None, "{killed:#?}");
@@ -440,13 +443,7 @@ async fn a_job_that_was_stopped_between_the_flip_and_its_confirmation_goes_on() 
 /// Policies can read other tables, and what is in them counts as well.
 #[tokio::test]
 async fn what_was_compared_before_a_hold_is_compared_again_behind_it() {
-    let db = TestDb::new(Template::Rows(ROWS)).await;
-    let ledger = Ledger::new(&db).await;
-    let job = job();
-    job.replace("[target]", "hold_before = [\"flip\"]\n[target]");
-    let cli = Cli::new(&db);
-    cli.run(&["run", "--once", job.path()]).await.expect(5, "hold point before flip");
-    cli.run(&["cutover", JOB]).await.expect(0, "");
+    let (_db, ledger, job, cli) = released_before_the_flip().await;
     cli.run(&["run", "--once", job.path()]).await.expect(0, "the job is done");
     assert_eq!(ledger.number("select count(*) from backfilld.access_run where stage = 'before' and passed").await, 2);
     let told = "select bool_and(notes::text like '%sees all rows of public.conversations%') from backfilld.access_run where stage = 'before'";
